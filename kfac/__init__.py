@@ -1,1 +1,11 @@
 """Kronecker-factored natural gradient for PyTorch."""
+
+from kfac import covariance
+from kfac.fisher import Likelihood
+from kfac.inverse import Cholesky, Eigen
+from kfac.optimizer import KFAC
+from kfac.preconditioner import Preconditioner
+
+__version__ = "0.1.0"
+
+__all__ = ["KFAC", "Cholesky", "Eigen", "Likelihood", "Preconditioner", "covariance"]

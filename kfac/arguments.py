@@ -1,0 +1,55 @@
+"""The one form in which a bad argument is reported: owner, argument, constraint, value, remedy."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a value must be: words for the message and the test itself."""
+
+    text: str
+    accepts: Callable[[Any], bool]
+
+
+def argument_error(
+    owner: str, argument: str, constraint: str, value: object, remedy: str = ""
+) -> ValueError:
+    """Build the error that every check of this package raises."""
+    message = f"{owner}({argument}=...) must be {constraint}, but got {value!r}."
+    return ValueError(f"{message} {remedy}".rstrip())
+
+
+def check(
+    owner: str, argument: str, value: object, constraint: Constraint, remedy: str = ""
+) -> None:
+    """Raise ``ValueError`` unless ``value`` meets ``constraint``."""
+    if not constraint.accepts(value):
+        raise argument_error(owner, argument, constraint.text, value, remedy)
+
+
+def one_of(choices: Sequence[object]) -> Constraint:
+    """Membership in a short list of values."""
+    return Constraint(
+        "one of " + ", ".join(map(repr, choices)),
+        lambda value: any(type(value) is type(c) and value == c for c in choices),
+    )
+
+
+def _is_real(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+POSITIVE = Constraint("a finite number > 0", lambda v: _is_real(v) and v > 0)
+NON_NEGATIVE = Constraint("a finite number >= 0", lambda v: _is_real(v) and v >= 0)
+UNIT_INTERVAL = Constraint("a number in [0, 1)", lambda v: _is_real(v) and 0 <= v < 1)
+POSITIVE_INTEGER = Constraint("an integer >= 1", lambda v: _is_integer(v) and v >= 1)
+INTEGER = Constraint("an integer", _is_integer)
+BOOLEAN = Constraint("True or False", lambda v: isinstance(v, bool))

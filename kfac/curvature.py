@@ -1,0 +1,240 @@
+"""All layers' curvature blocks: their factors, their inverses, and what to do with a gradient."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac import checkpoint
+from kfac.factors import fill_buckets
+from kfac.inverse import Inverse, merge
+from kfac.layers import Layer
+
+
+class Curvature:
+    """The Kronecker factors of every layer and the inverse that a strategy makes of them.
+
+    Args:
+        layers: The layers under K-FAC.
+        inverse: The strategy.
+    """
+
+    def __init__(self, layers: Sequence[Layer], inverse: Inverse) -> None:
+        self.layers = {layer.name: layer for layer in layers}
+        self.inverse = inverse
+        self.buckets = fill_buckets(
+            [layer.name for layer in layers],
+            [layer.shape for layer in layers],
+            [layer.dtype for layer in layers],
+            [layer.weight.device for layer in layers],
+        )
+        self.states: list[dict[str, Tensor]] = [
+            {
+                key: torch.zeros(len(b.names), *shape, dtype=b.dtype, device=b.device)
+                for key, shape in inverse.state_shapes(b.shape).items()
+            }
+            for b in self.buckets
+        ]
+        self.counters = {"factor_updates": 0, "inverse_refreshes": 0, "failed_refreshes": 0}
+        self.ready = dict.fromkeys(self.layers, False)
+        self._seen = dict.fromkeys(self.layers, False)
+        self._warned: set[str] = set()
+        self._failures = dict.fromkeys(self.layers, 0)
+        self._slots = {
+            name: (bucket, index)
+            for bucket in self.buckets
+            for index, name in enumerate(bucket.names)
+        }
+        # What each bucket's inverse was made from, so that nothing is inverted twice.
+        self._made_from: list[object] = [None] * len(self.buckets)
+
+    # --- statistics ----------------------------------------------------------------------------
+
+    def accumulate(self, layer: str, factor: str, moment: Tensor, rows: int) -> None:
+        """Add a batch's moment to a layer's pending sum; see :meth:`Bucket.accumulate`."""
+        bucket, index = self._slots[layer]
+        bucket.accumulate(index, factor, moment, rows)
+
+    @property
+    def has_pending(self) -> bool:
+        """Whether any statistics wait to be folded in."""
+        return any(rows for bucket in self.buckets for rows in bucket.rows)
+
+    def discard(self) -> None:
+        """Forget the pending statistics."""
+        for bucket in self.buckets:
+            if any(bucket.rows):
+                bucket.discard()
+
+    def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
+        """Fold the pending statistics of every layer into its running averages.
+
+        Args:
+            decay: β in [0, 1).
+            g_scale: What the pending sums of G are multiplied by.
+            accept: Boolean scalar tensor; False drops the batch.
+
+        Returns:
+            Number of layers whose statistics were dropped, a scalar tensor.
+        """
+        dropped = torch.zeros((), dtype=torch.int64, device=accept.device)
+        for bucket in self.buckets:
+            for name, rows in zip(bucket.names, bucket.rows, strict=True):
+                self._seen[name] |= rows > 0
+            bad = bucket.fold(decay, g_scale.to(bucket.device), accept.to(bucket.device))
+            dropped += bad.sum().to(dropped)
+        self.counters["factor_updates"] += 1
+        self._made_from = [None] * len(self.buckets)
+        return dropped
+
+    # --- inverses ------------------------------------------------------------------------------
+
+    def refresh(self, damping: Mapping[str, float], *, due: bool) -> None:
+        """Recompute inverses: all that have changed if ``due``, else of layers that never had one.
+
+        Args:
+            damping: λ by layer name.
+            due: Whether the period says so.
+
+        Raises:
+            RuntimeError: If a layer's factors could not be decomposed too many times in a row.
+        """
+        for index, bucket in enumerate(self.buckets):
+            late = any(self._seen[name] and not self.ready[name] for name in bucket.names)
+            amounts = tuple(damping[name] for name in bucket.names)
+            source = (None,) if self.inverse.damping_is_live else amounts
+            if (due or late) and self._made_from[index] != source:
+                self._refresh_bucket(index, amounts)
+                self._made_from[index] = source
+
+    def _refresh_bucket(self, index: int, damping: Sequence[float]) -> None:
+        bucket = self.buckets[index]
+        state = self.states[index] = {
+            key: tensor.to(bucket.device) for key, tensor in self.states[index].items()
+        }
+        new, failed = self.inverse.refresh(bucket.factors, self._vector(damping, index))
+        empty = bucket.weight == 0
+        merge(state, new, failed | empty)
+        self.counters["inverse_refreshes"] += 1
+        flags = zip(bucket.names, damping, failed.tolist(), empty.tolist(), strict=True)
+        for name, amount, has_failed, is_empty in flags:
+            if is_empty:
+                continue
+            self.ready[name] |= not has_failed
+            self._failures[name] = self._failures[name] + 1 if has_failed else 0
+            if has_failed:
+                self._note_failure(name, amount)
+
+    def _note_failure(self, name: str, damping: float) -> None:
+        self.counters["failed_refreshes"] += 1
+        if self._failures[name] >= self.inverse.max_consecutive_failures:
+            shape = self.layers[name].shape
+            raise RuntimeError(
+                f"The factors of the layer {name!r} (A {shape.d_in}×{shape.d_in}, "
+                f"G {shape.d_out}×{shape.d_out}) could not be decomposed {self._failures[name]} "
+                f"times in a row with damping {damping:g}. Raise damping, leave the layer out "
+                "with skip=, or train it in float32."
+            )
+
+    def _vector(self, values: Sequence[float], index: int) -> Tensor:
+        bucket = self.buckets[index]
+        return torch.tensor(values, dtype=bucket.dtype).to(bucket.device, non_blocking=True)
+
+    def precondition(
+        self, gradients: Mapping[nn.Parameter, Tensor], damping: Mapping[str, float]
+    ) -> dict[nn.Parameter, Tensor]:
+        """Return (F + λI)⁻¹ g for every parameter whose layer has an inverse and a gradient.
+
+        Args:
+            gradients: Gradients of the mean loss.
+            damping: λ by layer name.
+        """
+        directions: dict[nn.Parameter, Tensor] = {}
+        for index, bucket in enumerate(self.buckets):
+            members = [i for i, name in enumerate(bucket.names) if self._usable(name, gradients)]
+            if not members:
+                continue
+            layers = [self.layers[bucket.names[i]] for i in members]
+            state = self.states[index]
+            if len(members) < len(bucket.names):
+                state = {key: tensor[members] for key, tensor in state.items()}
+            stacked = torch.stack([_gradient_matrix(la, gradients, bucket.dtype) for la in layers])
+            amounts = self._vector([damping[layer.name] for layer in layers], index)
+            result = self.inverse.precondition(state, stacked, amounts)
+            for layer, matrix in zip(layers, result, strict=True):
+                for parameter, part in zip(layer.parameters, layer.unmatrix(matrix), strict=True):
+                    if parameter in gradients:
+                        directions[parameter] = part.to(parameter.dtype)
+        return directions
+
+    def _usable(self, name: str, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
+        if self.layers[name].weight not in gradients:
+            return False
+        if not self._seen[name] and name not in self._warned:
+            self._warned.add(name)
+            warnings.warn(
+                f"The layer {name!r} has a gradient but produced no statistics, so its gradient is "
+                "used as it is. Its weight is probably used without calling the module.",
+                stacklevel=2,
+            )
+        return self.ready[name]
+
+    # --- reports and state ---------------------------------------------------------------------
+
+    def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """Copies of a layer's running averages A and G; None for an identity.
+
+        Raises:
+            KeyError: If K-FAC has no layer of this name.
+        """
+        if layer not in self._slots:
+            raise KeyError(f"No layer {layer!r} under K-FAC; there are {', '.join(self._slots)}.")
+        bucket, index = self._slots[layer]
+        a, g = (bucket.factors.get(name) for name in ("A", "G"))
+        return (None if a is None else a[index].clone(), None if g is None else g[index].clone())
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes held between steps, by kind."""
+        kinds = {
+            "factors": [bucket.factors for bucket in self.buckets],
+            "pending": [bucket.pending for bucket in self.buckets],
+            "inverses": self.states,
+        }
+        return {
+            kind: sum(t.numel() * t.element_size() for d in dicts for t in d.values())
+            for kind, dicts in kinds.items()
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Factors and inverses by layer name, and the counters."""
+        return {
+            "inverse": self.inverse.name,
+            "counters": dict(self.counters),
+            "layers": checkpoint.layers_to_dict(self.buckets, self.states, self.ready),
+        }
+
+    def check_loadable(self, saved: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed."""
+        checkpoint.check_setting(saved, "inverse", self.inverse.name)
+        checkpoint.check_layers(saved["layers"], self.buckets, self.states)
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
+        self.discard()
+        self.ready = checkpoint.load_layers(saved["layers"], self.buckets, self.states)
+        self._seen = {
+            name: self.ready[name] or float(bucket.weight[index]) > 0
+            for name, (bucket, index) in self._slots.items()
+        }
+        self.counters = dict(saved["counters"])
+        self._made_from = [None] * len(self.buckets)
+
+
+def _gradient_matrix(
+    layer: Layer, gradients: Mapping[nn.Parameter, Tensor], dtype: torch.dtype
+) -> Tensor:
+    bias = layer.bias
+    bias_gradient = None if bias is None else gradients.get(bias, torch.zeros_like(bias))
+    return layer.matrix(gradients[layer.weight], bias_gradient).to(dtype)

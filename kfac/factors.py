@@ -1,0 +1,155 @@
+"""Running averages of the Kronecker factors A and G, stacked over layers of equal shape."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+FactorKind = Literal["dense", "diagonal", "identity"]
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Shapes of one layer's block A ⊗ G, one block per group.
+
+    A is ``[groups, d_in, d_in]`` and G ``[groups, d_out, d_out]``; ``"diagonal"`` drops the last
+    dimension and ``"identity"`` keeps no tensor at all. The gradient is ``[groups, d_out, d_in]``.
+    """
+
+    groups: int
+    d_in: int
+    d_out: int
+    a_kind: FactorKind = "dense"
+    g_kind: FactorKind = "dense"
+
+    def factor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the factors that are kept, by name ("A", "G")."""
+        factors = {"A": (self.a_kind, self.d_in), "G": (self.g_kind, self.d_out)}
+        return {
+            name: (self.groups, d, d) if kind == "dense" else (self.groups, d)
+            for name, (kind, d) in factors.items()
+            if kind != "identity"
+        }
+
+
+@dataclass
+class Bucket:
+    """Layers whose blocks have one shape, dtype and device, stacked along a first axis.
+
+    The running average keeps its total weight w, so that it is exact from the first update on,
+    whatever the decay β and however it changes: w ← βw + 1, v ← v + (new − v)/w.
+
+    Attributes:
+        names: Names of the layers, in stacking order.
+        shape: Shape of each layer's block.
+        factors: "A" ``[layers, groups, d_in, d_in]`` and "G" ``[layers, groups, d_out, d_out]``.
+        pending: Sums of the statistics since the last step, like ``factors``.
+        weight: Total weight of each layer's running average ``[layers]``; 0 before the first.
+        rows: Number of input rows in each layer's pending sum of A.
+    """
+
+    names: list[str]
+    shape: BlockShape
+    dtype: torch.dtype
+    device: torch.device
+    factors: dict[str, Tensor] = field(init=False)
+    pending: dict[str, Tensor] = field(init=False)
+    weight: Tensor = field(init=False)
+    rows: list[int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.factors = self._zeros()
+        self.pending = self._zeros()
+        self.weight = torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
+        self.rows = [0] * len(self.names)
+
+    def _zeros(self) -> dict[str, Tensor]:
+        stack = len(self.names)
+        return {
+            name: torch.zeros(stack, *shape, dtype=self.dtype, device=self.device)
+            for name, shape in self.shape.factor_shapes().items()
+        }
+
+    def to(self, device: torch.device) -> None:
+        """Move everything to ``device`` (the model has been moved after construction)."""
+        self.device = device
+        self.weight = self.weight.to(device)
+        for tensors in (self.factors, self.pending):
+            for name, tensor in tensors.items():
+                tensors[name] = tensor.to(device)
+
+    def accumulate(self, index: int, name: str, moment: Tensor, rows: int = 0) -> None:
+        """Add one batch's unnormalised second moment to a layer's pending sum.
+
+        Args:
+            index: Position of the layer in the bucket.
+            name: "A" or "G".
+            moment: Sum of outer products, of the shape of one layer's factor.
+            rows: Number of input rows that the sum is over (for "A").
+        """
+        if moment.device != self.device:
+            self.to(moment.device)
+        self.pending[name][index] += moment
+        self.rows[index] += rows
+
+    def discard(self) -> None:
+        """Forget the pending sums."""
+        for tensor in self.pending.values():
+            tensor.zero_()
+        self.rows = [0] * len(self.names)
+
+    def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
+        """Fold the pending sums into the running averages and clear them.
+
+        A layer without statistics in this batch keeps its average. So does one with a statistic
+        that is not finite: a NaN or inf anywhere in a batch reaches the trace.
+
+        Args:
+            decay: β in [0, 1).
+            g_scale: What the pending sum of G is multiplied by, a scalar tensor.
+            accept: Boolean scalar tensor; False drops this batch for every layer.
+
+        Returns:
+            Boolean ``[layers]``: whose statistics were dropped for not being finite.
+        """
+        rows = torch.tensor(self.rows, dtype=self.dtype).to(self.device, non_blocking=True)
+        new = dict(self.pending)
+        if "A" in new:
+            new["A"] = new["A"] / _like(rows.clamp(min=1), new["A"])
+        if "G" in new:
+            new["G"] = new["G"] * g_scale.to(self.dtype)
+        seen = rows > 0
+        finite = torch.stack([_diagonal(f).flatten(1).sum(1) for f in new.values()]).sum(0)
+        usable = seen & finite.isfinite() & accept
+        total = decay * self.weight + 1
+        for name, value in new.items():
+            average = self.factors[name]
+            value = torch.where(_like(usable, value), value, average)
+            average.lerp_(value, _like(1 / total, value))
+        self.weight = torch.where(usable, total, self.weight)
+        self.discard()
+        return seen & ~usable
+
+
+def _like(vector: Tensor, target: Tensor) -> Tensor:
+    """View ``[layers]`` so that it broadcasts along the first axis of ``target``."""
+    return vector.view(-1, *[1] * (target.dim() - 1))
+
+
+def _diagonal(factor: Tensor) -> Tensor:
+    return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 4 else factor
+
+
+def fill_buckets(
+    names: Sequence[str],
+    shapes: Sequence[BlockShape],
+    dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+) -> list[Bucket]:
+    """Group layers of equal shape, dtype and device, keeping the order of first appearance."""
+    members: dict[tuple[BlockShape, torch.dtype, torch.device], list[str]] = {}
+    for name, *key in zip(names, shapes, dtypes, devices, strict=True):
+        members.setdefault((key[0], key[1], key[2]), []).append(name)
+    return [Bucket(layers, *key) for key, layers in members.items()]

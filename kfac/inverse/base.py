@@ -1,0 +1,106 @@
+"""What a strategy for (A ⊗ G + damping)⁻¹ has to provide, and what all strategies share."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kfac.arguments import POSITIVE_INTEGER, argument_error, check
+from kfac.factors import BlockShape
+
+InverseName = Literal["cholesky", "eigen"]
+
+
+@dataclass(frozen=True)
+class Inverse(ABC):
+    """A way to apply the inverse of a damped Kronecker product, with its own settings.
+
+    A strategy holds settings and no tensors. Its state is a flat dict of stacked tensors
+    ``[layers, ...]`` that belongs to a bucket, so that memory reports and checkpoints are generic
+    loops.
+
+    Args:
+        max_consecutive_failures: Refreshes in a row in which a layer may keep its last good
+            inverse because the new factors could not be decomposed, before it is an error.
+    """
+
+    max_consecutive_failures: int = 10
+
+    def __post_init__(self) -> None:
+        check(
+            type(self).__name__,
+            "max_consecutive_failures",
+            self.max_consecutive_failures,
+            POSITIVE_INTEGER,
+        )
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The word for this strategy in ``inverse=`` and in checkpoints."""
+
+    @property
+    @abstractmethod
+    def damping_is_live(self) -> bool:
+        """Whether a new λ takes effect at once rather than at the next refresh."""
+
+    @abstractmethod
+    def state_shapes(self, block: BlockShape) -> dict[str, tuple[int, ...]]:
+        """Shapes of one layer's state by key, without the leading axis of layers."""
+
+    @abstractmethod
+    def refresh(
+        self, factors: Mapping[str, Tensor], damping: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """Compute a new state from the factors.
+
+        Args:
+            factors: "A" and "G" as in :class:`kfac.factors.Bucket`; an identity factor is absent.
+            damping: λ per layer ``[layers]``.
+
+        Returns:
+            The state, and a boolean ``[layers]``: which layers could not be decomposed.
+        """
+
+    @abstractmethod
+    def precondition(
+        self, state: Mapping[str, Tensor], gradient: Tensor, damping: Tensor
+    ) -> Tensor:
+        """Apply the inverse to gradients ``[layers, groups, d_out, d_in]``."""
+
+
+def multiply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
+    """Return left · matrix · right, where None is the identity and one axis fewer a diagonal.
+
+    Args:
+        left: ``[layers, groups, d_out, d_out]``, ``[layers, groups, d_out]`` or None.
+        matrix: ``[layers, groups, d_out, d_in]``.
+        right: ``[layers, groups, d_in, d_in]``, ``[layers, groups, d_in]`` or None.
+    """
+    if left is not None:
+        matrix = left @ matrix if left.dim() == 4 else left.unsqueeze(-1) * matrix
+    if right is not None:
+        matrix = matrix @ right if right.dim() == 4 else matrix * right.unsqueeze(-2)
+    return matrix
+
+
+def merge(old: dict[str, Tensor], new: Mapping[str, Tensor], failed: Tensor) -> None:
+    """Write ``new`` into ``old`` for every layer that has not failed."""
+    for key, tensor in new.items():
+        mask = failed.view(-1, *[1] * (tensor.dim() - 1))
+        old[key].copy_(torch.where(mask, old[key], tensor))
+
+
+def resolve(
+    inverse: "InverseName | Inverse", strategies: Mapping[str, type[Inverse]], owner: str
+) -> Inverse:
+    """Turn the ``inverse=`` argument into a strategy object."""
+    if isinstance(inverse, Inverse):
+        return inverse
+    if isinstance(inverse, str) and inverse in strategies:
+        return strategies[inverse]()
+    names = ", ".join(repr(name) for name in strategies)
+    raise argument_error(owner, "inverse", f"one of {names} or a strategy object", inverse)

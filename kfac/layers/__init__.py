@@ -1,0 +1,30 @@
+"""Module types that K-FAC takes, and how each turns into factors and a gradient matrix."""
+
+from torch import nn
+
+from kfac.layers.base import Layer, WeightSharing
+from kfac.layers.conv import Conv2dLayer
+from kfac.layers.linear import LinearLayer
+
+_LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {
+    module_type: layer_type
+    for layer_type in (LinearLayer, Conv2dLayer)
+    for module_type in layer_type.module_types
+}
+
+
+def layer_type_for(module: nn.Module) -> type[Layer] | None:
+    """Return the layer class for a module's exact type, None where there is none.
+
+    A subclass may compute something else (parametrised or quantised modules do), so it is not
+    taken for its base class.
+    """
+    return _LAYER_TYPES.get(type(module))
+
+
+def supported_base(module: nn.Module) -> type[nn.Module] | None:
+    """Return the supported type that a module's own type derives from, None where there is none."""
+    return next((t for t in type(module).__mro__ if t in _LAYER_TYPES), None)
+
+
+__all__ = ["Layer", "WeightSharing", "layer_type_for", "supported_base"]

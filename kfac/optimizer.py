@@ -1,0 +1,408 @@
+"""The optimizer: K-FAC's preconditioned gradients, trust region, momentum and weight decay."""
+
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import ParamsT
+
+from kfac.arguments import (
+    BOOLEAN,
+    NON_NEGATIVE,
+    POSITIVE,
+    UNIT_INTERVAL,
+    Constraint,
+    argument_error,
+    check,
+)
+from kfac.capture import OutputSelector
+from kfac.fallback import Fallback, FallbackName, OptimizerFactory
+from kfac.fisher import FisherType, Likelihood, LossReduction
+from kfac.inverse import Inverse, InverseName
+from kfac.param_groups import SharingRule, Skip, Summary
+from kfac.preconditioner import Damping, Period, Preconditioner
+from kfac.schedules import Scheduled
+from kfac.update import all_finite, descend, kl_clip_scale
+
+_LR = Constraint(
+    "a finite number >= 0 or a tensor with one element",
+    lambda v: v.numel() == 1 if isinstance(v, Tensor) else NON_NEGATIVE.accepts(v),
+)
+_KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+_GROUP_CONSTRAINTS = {
+    "lr": _LR,
+    "momentum": UNIT_INTERVAL,
+    "nesterov": BOOLEAN,
+    "weight_decay": NON_NEGATIVE,
+    "maximize": BOOLEAN,
+}
+_GROUP_KEYS = {"params", "param_names", "damping", "initial_lr", *_GROUP_CONSTRAINTS}
+
+
+class KFAC(torch.optim.Optimizer):
+    r"""Kronecker-factored natural gradient as a drop-in optimizer.
+
+    .. math::
+        A_s \leftarrow \text{average of } a a^\top, \quad
+        G_s \leftarrow \text{average of } b b^\top, \quad
+        \Delta_s = (A_s \otimes G_s + \lambda I)^{-1} g_s, \quad
+        \theta \leftarrow (1 - \eta w)\,\theta - \eta\, m(\nu \Delta)
+
+    for every layer :math:`s` with inputs :math:`a` and output gradients :math:`b`; :math:`\nu` is
+    the trust region's scale, :math:`m` momentum, :math:`\eta` the learning rate and :math:`w`
+    weight decay. All other parameters are trained by the fallback; :meth:`summary` says which.
+
+        optimizer = KFAC(model, lr=0.05, criterion=criterion)
+        for x, y in loader:
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+
+    Args:
+        model: The outermost module that the training loop calls (after wrapping or compiling).
+        params: Parameters or parameter groups as for any optimizer; all parameters of the model by
+            default. Groups may set ``lr``, ``momentum``, ``nesterov``, ``weight_decay``,
+            ``maximize`` and ``damping``; a layer takes the damping of its weight's group.
+        lr: Learning rate η >= 0.
+        momentum: In [0, 1).
+        nesterov: Nesterov momentum.
+        weight_decay: Decoupled weight decay w >= 0, per unit of learning rate.
+        maximize: Ascend instead of descend.
+        kl_clip: Trust region κ: the step is scaled down so that lr²·Δᵀg stays below κ. None for
+            no trust region.
+        fallback: ``"sgd"`` (this optimizer's own learning rate and momentum on the plain
+            gradient), ``"adamw"``, or a function from parameter groups to an optimizer. The
+            learning rate of the latter two is their own and follows the schedule of ``lr``.
+
+    The other arguments are those of :class:`kfac.Preconditioner`.
+
+    Raises:
+        ValueError: If an argument violates its constraint; the message says which and what to do.
+
+    Note:
+        A step whose gradient is not finite changes nothing and is counted by :meth:`diagnostics`.
+
+    Source:
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature"; differs in the trust region (:func:`kfac.update.kl_clip_scale`) and in the exact
+        running average. See docs/method.md.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: ParamsT | None = None,
+        *,
+        lr: float | Tensor = 0.05,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        weight_decay: float = 0.0,
+        maximize: bool = False,
+        damping: Damping = 1e-3,
+        criterion: nn.Module | Likelihood | None = None,
+        outputs: OutputSelector | None = None,
+        fisher: FisherType | None = None,
+        num_samples: int = 1,
+        max_vectors: int = 1024,
+        loss_reduction: LossReduction | None = None,
+        loss_terms: int | Callable[..., int] | None = None,
+        weight_sharing: SharingRule = "expand",
+        inverse: InverseName | Inverse = "cholesky",
+        factor_decay: float = 0.95,
+        factor_update_period: Period = 10,
+        inverse_update_period: Period = 100,
+        kl_clip: float | None = 1e-3,
+        grad_scaler: Any = None,
+        skip: Sequence[Skip] = (),
+        fallback: FallbackName | OptimizerFactory = "sgd",
+        max_factor_dim: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise argument_error("KFAC", "model", "a torch.nn.Module", model)
+        check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
+        self.kl_clip = kl_clip
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "damping": damping,
+        }
+        self._constructed = False
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._damping_schedules = self._take_schedules()
+        self._engine = Preconditioner(
+            model,
+            [p for group in self.param_groups for p in group["params"]],
+            criterion=criterion,
+            outputs=outputs,
+            fisher=fisher,
+            num_samples=num_samples,
+            max_vectors=max_vectors,
+            loss_reduction=loss_reduction,
+            loss_terms=loss_terms,
+            weight_sharing=weight_sharing,
+            inverse=inverse,
+            factor_decay=factor_decay,
+            factor_update_period=factor_update_period,
+            inverse_update_period=inverse_update_period,
+            grad_scaler=grad_scaler,
+            skip=skip,
+            max_factor_dim=max_factor_dim,
+            seed=seed,
+            owner="KFAC",
+        )
+        self._fallback_ids: set[int] = set()
+        self._fallback = self._make_fallback(fallback)
+        self._kl_clip_scale = torch.ones(())
+        # GradScaler then hands over its scale and found_inf instead of deciding by itself.
+        self._step_supports_amp_scaling = True
+        self._constructed = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group while the optimizer is constructed; afterwards it is refused.
+
+        Raises:
+            ValueError: If a setting of the group violates its constraint, cannot be set per group,
+                or the optimizer is already constructed.
+        """
+        if self._constructed:
+            raise ValueError(
+                "KFAC.add_param_group(...) must be called before training, but the layers are "
+                "fixed at construction. Construct a new KFAC with the parameters to add."
+            )
+        not_per_group = (_ARGUMENTS - _GROUP_KEYS) & param_group.keys()
+        for key in not_per_group:
+            settable = ", ".join(sorted(_GROUP_CONSTRAINTS | {"damping": None}))
+            raise argument_error(
+                "KFAC", "params", f"groups that set only {settable}", f"{key!r} in a group"
+            )
+        settings = self.defaults | param_group
+        for key, constraint in _GROUP_CONSTRAINTS.items():
+            check("KFAC", key, settings[key], constraint)
+        if settings["nesterov"] and settings["momentum"] == 0:
+            raise argument_error("KFAC", "nesterov", "False without momentum", True)
+        super().add_param_group(param_group)
+
+    def _take_schedules(self) -> list[Scheduled[float]]:
+        """Keep schedules out of the groups, whose values go into checkpoints."""
+        schedules = [
+            Scheduled("KFAC", "damping", group["damping"], POSITIVE) for group in self.param_groups
+        ]
+        for group, schedule in zip(self.param_groups, schedules, strict=True):
+            group["damping"] = schedule.at(0)
+        self.defaults["damping"] = schedules[0].at(0)
+        return schedules
+
+    def _make_fallback(self, fallback: FallbackName | OptimizerFactory) -> Fallback | None:
+        if fallback == "sgd":
+            return None
+        if fallback != "adamw" and not callable(fallback):
+            raise argument_error(
+                "KFAC", "fallback", "'sgd', 'adamw' or a function that makes an optimizer", fallback
+            )
+        taken = {id(p) for layer in self._engine.layers for p in layer.parameters}
+        rest = [[p for p in g["params"] if id(p) not in taken] for g in self.param_groups]
+        self._fallback_ids = {id(p) for members in rest for p in members}
+        return Fallback(fallback, self.param_groups, rest) if self._fallback_ids else None
+
+    # --- the algorithm -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: Evaluates the model anew, calls ``backward`` and returns the loss.
+
+        Returns:
+            What the closure returned, None without one.
+
+        Raises:
+            RuntimeError: If statistics are due and there are none, or cannot be scaled; nothing has
+                changed then.
+        """
+        engine = self._engine
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        gradient_scale, scale_seen = self._amp_scales()
+        if self._overflowed():
+            engine.discard()
+            return loss
+        gradients = engine.mean_gradients(gradient_scale)
+        finite = all_finite(list(gradients.values()))
+        damping = self._damping_by_layer()
+        engine.update_factors(finite, scale_seen)
+        engine.refresh_inverses(damping)
+        directions = engine.precondition(gradients, damping)
+        self._clip(directions, gradients)
+        self._descend(gradients | directions, finite)
+        self._step_fallback(gradients, finite)
+        engine.advance()
+        return loss
+
+    def _overflowed(self) -> bool:
+        found_inf = getattr(self, "found_inf", None)
+        return found_inf is not None and bool(found_inf.item())
+
+    def _amp_scales(self) -> tuple[Tensor | float, Tensor | float]:
+        """The gradient scaler's factor that is still in ``.grad``, and that the hooks saw."""
+        if getattr(self, "found_inf", None) is None:
+            return 1.0, 1.0
+        still_there: Tensor | None = getattr(self, "grad_scale", None)
+        if still_there is not None:
+            return still_there, still_there
+        if self._engine.grad_scaler is not None:
+            return 1.0, float(self._engine.grad_scaler.get_scale())
+        if self._engine.fisher == "empirical" and self._engine.capture.active:
+            raise RuntimeError(
+                "The gradients were unscaled before step(), so the scale that the hooks of the "
+                "empirical Fisher saw is unknown. Construct KFAC with grad_scaler=scaler."
+            )
+        return 1.0, 1.0
+
+    def _damping_by_layer(self) -> dict[str, float]:
+        by_parameter = {}
+        for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
+            if not schedule.is_constant:
+                group["damping"] = schedule.at(self._engine.steps)
+            by_parameter |= {id(p): group["damping"] for p in group["params"]}
+        return {layer.name: by_parameter[id(layer.weight)] for layer in self._engine.layers}
+
+    def _clip(
+        self, directions: dict[nn.Parameter, Tensor], gradients: Mapping[nn.Parameter, Tensor]
+    ) -> None:
+        """Scale the preconditioned gradients into the trust region, in place."""
+        if self.kl_clip is None or not directions:
+            return
+        lrs = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+        self._kl_clip_scale = kl_clip_scale(
+            list(directions.values()),
+            [gradients[p] for p in directions],
+            [lrs[id(p)] for p in directions],
+            self.kl_clip,
+        )
+        for parameter, direction in directions.items():
+            directions[parameter] = direction * self._kl_clip_scale.to(direction)
+
+    def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
+        elsewhere = self._fallback_ids if self._fallback is not None else set()
+        for group in self.param_groups:
+            batches: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter in directions and id(parameter) not in elsewhere:
+                    batches[parameter.dtype, parameter.device].append(parameter)
+            for members in batches.values():
+                descend(
+                    members,
+                    [directions[p] for p in members],
+                    self._momentum_buffers(members) if group["momentum"] else None,
+                    lr=group["lr"],
+                    momentum=group["momentum"],
+                    nesterov=group["nesterov"],
+                    weight_decay=group["weight_decay"],
+                    maximize=group["maximize"],
+                    accept=accept,
+                )
+
+    def _momentum_buffers(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+        buffers = []
+        for parameter in parameters:
+            state = self.state[parameter]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(parameter)
+            buffers.append(state["momentum_buffer"])
+        return buffers
+
+    def _step_fallback(self, gradients: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
+        if self._fallback is not None and bool(accept):
+            self._fallback.step(gradients)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, and the statistics of a batch that was given up."""
+        super().zero_grad(set_to_none)
+        self._engine.discard()
+
+    # --- reports -------------------------------------------------------------------------------
+
+    def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """See :meth:`kfac.Preconditioner.factor`."""
+        return self._engine.factor(layer)
+
+    def summary(self) -> Summary:
+        """One row per parameter: how it is trained, its factors' shapes, and why."""
+        return self._engine.summary()
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes that the optimizer holds between steps, by kind, known before the first step.
+
+        As :meth:`kfac.Preconditioner.memory_estimate`, and "momentum" for the buffers. What a
+        fallback other than ``"sgd"`` allocates is its own and not counted.
+        """
+        elsewhere = self._fallback_ids if self._fallback is not None else set()
+        momentum = sum(
+            p.numel() * p.element_size()
+            for group in self.param_groups
+            if group["momentum"]
+            for p in group["params"]
+            if p.requires_grad and id(p) not in elsewhere
+        )
+        return self._engine.memory_estimate() | {"momentum": momentum}
+
+    def diagnostics(self) -> dict[str, float]:
+        """Numbers of the last step and counts so far; reading them waits for the device.
+
+        As :meth:`kfac.Preconditioner.diagnostics`, and "kl_clip_scale" (ν of the last step, 1 where
+        the trust region did not bind), "damping" (largest over groups) and "lr" (likewise).
+        """
+        return self._engine.diagnostics() | {
+            "kl_clip_scale": float(self._kl_clip_scale),
+            "damping": max(float(group["damping"]) for group in self.param_groups),
+            "lr": max(float(group["lr"]) for group in self.param_groups),
+        }
+
+    def remove_hooks(self) -> None:
+        """Remove every hook from the model and the criterion; the factors stay as they are."""
+        self._engine.remove_hooks()
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+        """State of the optimizer, loadable by ``torch.load(weights_only=True)``.
+
+        Besides torch's "state" and "param_groups": "kfac" (factors in their own dtype and
+        inverses by layer name, generators, counters) and, if there is one, "fallback".
+        """
+        state_dict = super().state_dict() | {"kfac": self._engine.state_dict()}
+        if self._fallback is not None:
+            state_dict["fallback"] = self._fallback.state_dict()
+        return state_dict
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+        """Restore what :meth:`state_dict` returned; a resumed run continues bit for bit.
+
+        Raises:
+            ValueError: If the state does not fit this optimizer; the message names the layer.
+        """
+        self._engine.check_loadable(state_dict.get("kfac", {}))
+        if (self._fallback is not None) != ("fallback" in state_dict):
+            raise ValueError(
+                "The state dict and this optimizer differ in fallback=: one trains the remaining "
+                "parameters with an optimizer of its own, the other does not."
+            )
+        super().load_state_dict(
+            {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
+        )
+        self._engine.load_state_dict(state_dict["kfac"])
+        if self._fallback is not None:
+            self._fallback.load_state_dict(state_dict["fallback"])
+
+
+_ARGUMENTS = set(inspect.signature(KFAC.__init__).parameters) - {"self", "model"}

@@ -1,0 +1,405 @@
+"""The engine: from backward passes to preconditioned gradients, without the update."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, get_args
+
+import torch
+from torch import Tensor, nn
+
+from kfac import checkpoint
+from kfac.arguments import (
+    INTEGER,
+    POSITIVE,
+    POSITIVE_INTEGER,
+    UNIT_INTERVAL,
+    Constraint,
+    argument_error,
+    check,
+    one_of,
+)
+from kfac.capture import Capture, OutputSelector
+from kfac.curvature import Curvature
+from kfac.fisher import (
+    FisherType,
+    Likelihood,
+    LossReduction,
+    empirical_scale,
+    likelihood_of,
+)
+from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
+from kfac.param_groups import SharingRule, Skip, Summary, find_layers, summarize
+from kfac.schedules import Scheduled
+from kfac.update import all_finite
+
+Period = int | Callable[[int], int]
+Damping = float | Callable[[int], float]
+
+_SKIP = Constraint(
+    "a sequence of module names, globs or types",
+    lambda v: (
+        isinstance(v, (list, tuple, set, frozenset))
+        and all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in v)
+    ),
+)
+_OUTPUTS = Constraint(
+    "a key, an index, a callable or None",
+    lambda v: v is None or callable(v) or (isinstance(v, (str, int)) and not isinstance(v, bool)),
+)
+_LOSS_TERMS = Constraint(
+    "an integer >= 1, a callable or None",
+    lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
+)
+
+
+class Preconditioner:
+    """Replaces gradients by K-FAC's preconditioned gradients, for use before any optimizer.
+
+    Block by block, Δ = (F + λI)⁻¹ g with F ≈ A ⊗ G: A is the second moment of a layer's inputs, G
+    that of the gradients of its outputs, both averaged over steps.
+
+        preconditioner = Preconditioner(model, criterion=criterion, damping=1e-2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        ...
+        loss.backward()
+        preconditioner.step()
+        optimizer.step()
+
+    There is no trust region here, since it depends on the learning rate: see :class:`kfac.KFAC`.
+
+    Args:
+        model: The outermost module that is called (after wrapping or compiling).
+        params: The parameters that are trained; all of the model's by default. Layers whose weight
+            is not among them are left alone.
+        damping: λ > 0, or a function of the number of completed steps; in units of the Fisher.
+        criterion: The loss module that the training loop calls (``nn.CrossEntropyLoss``,
+            ``nn.BCEWithLogitsLoss``, ``nn.MSELoss``) or an object with the
+            :class:`kfac.Likelihood` protocol.
+        outputs: Picks the tensor that the loss is computed from out of the model's output (key,
+            index or function); needed where that is not a tensor and the criterion object is not
+            called.
+        fisher: ``"mc"`` (labels sampled from the model; default with a criterion), ``"type-2"``
+            (exact), ``"empirical"`` (the user's own backward pass; default without a criterion)
+            or ``"forward-only"`` (G = I).
+        num_samples: Vectors per batch for ``"mc"``.
+        max_vectors: Upper limit to the vectors per batch for ``"type-2"``.
+        loss_reduction: ``"mean"`` or ``"sum"``; read from ``criterion`` where there is one.
+        loss_terms: Number of terms in a batch's loss, or a function of the model's arguments that
+            returns it; the batch size by default. Not used with a criterion.
+        weight_sharing: ``"expand"``, ``"reduce"`` or a function of name and module.
+        inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping) or a strategy.
+        factor_decay: β in [0, 1) of the running averages of A and G.
+        factor_update_period: Steps between updates of the factors, or a function of the step.
+        inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
+        grad_scaler: The ``GradScaler`` in use, needed where ``unscale_`` is called before
+            ``step()`` and the Fisher is empirical.
+        skip: Names, globs or types of modules to leave out.
+        max_factor_dim: A factor larger than this keeps only its diagonal.
+        seed: Seeds the generator of the sampled labels.
+        owner: Class name in error messages.
+
+    Raises:
+        ValueError: If an argument violates its constraint; the message says which and what to do.
+
+    Source:
+        Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter] | None = None,
+        *,
+        damping: Damping = 1e-3,
+        criterion: nn.Module | Likelihood | None = None,
+        outputs: OutputSelector | None = None,
+        fisher: FisherType | None = None,
+        num_samples: int = 1,
+        max_vectors: int = 1024,
+        loss_reduction: LossReduction | None = None,
+        loss_terms: int | Callable[..., int] | None = None,
+        weight_sharing: SharingRule = "expand",
+        inverse: InverseName | Inverse = "cholesky",
+        factor_decay: float = 0.95,
+        factor_update_period: Period = 10,
+        inverse_update_period: Period = 100,
+        grad_scaler: Any = None,
+        skip: Sequence[Skip] = (),
+        max_factor_dim: int = 8192,
+        seed: int = 0,
+        owner: str = "Preconditioner",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise argument_error(owner, "model", "a torch.nn.Module", model)
+        check(owner, "outputs", outputs, _OUTPUTS)
+        check(owner, "num_samples", num_samples, POSITIVE_INTEGER)
+        check(owner, "max_vectors", max_vectors, POSITIVE_INTEGER)
+        check(owner, "loss_terms", loss_terms, _LOSS_TERMS)
+        check(owner, "factor_decay", factor_decay, UNIT_INTERVAL)
+        check(owner, "skip", skip, _SKIP, "A single entry still goes into a tuple.")
+        check(owner, "max_factor_dim", max_factor_dim, POSITIVE_INTEGER)
+        check(owner, "seed", seed, INTEGER)
+        check(owner, "loss_reduction", loss_reduction, one_of(["mean", "sum", None]))
+        self.damping = Scheduled(owner, "damping", damping, POSITIVE)
+        self.factor_update_period = Scheduled(
+            owner, "factor_update_period", factor_update_period, POSITIVE_INTEGER
+        )
+        self.inverse_update_period = Scheduled(
+            owner, "inverse_update_period", inverse_update_period, POSITIVE_INTEGER
+        )
+        self.factor_decay = factor_decay
+        self.grad_scaler = _checked_scaler(owner, grad_scaler)
+        self.inverse = resolve(inverse, STRATEGIES, owner)
+        self.likelihood = None if criterion is None else likelihood_of(criterion, loss_reduction)
+        self.fisher = _checked_fisher(owner, fisher, criterion)
+        self.loss_reduction: LossReduction = (
+            self.likelihood.reduction if self.likelihood else loss_reduction or "mean"
+        )
+        self.model = model
+        self.params = [
+            p for p in (model.parameters() if params is None else params) if p.requires_grad
+        ]
+        if not self.params:
+            raise argument_error(
+                owner, "params", "parameters that require gradients", params, "All are frozen."
+            )
+        self.layers, self._reasons = find_layers(
+            model,
+            self.params,
+            owner=owner,
+            skip=skip,
+            weight_sharing=weight_sharing,
+            max_factor_dim=max_factor_dim,
+            identity_g=self.fisher == "forward-only",
+        )
+        self.curvature = Curvature(self.layers, self.inverse)
+        self.steps = 0
+        self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
+        self._nonfinite = torch.zeros_like(self._dropped)
+        self.capture = Capture(
+            model,
+            self.layers,
+            self.curvature.accumulate,
+            fisher=self.fisher,
+            likelihood=self.likelihood,
+            criterion=criterion,
+            outputs=outputs,
+            loss_terms=loss_terms,
+            num_samples=num_samples,
+            max_vectors=max_vectors,
+            seed=seed,
+        )
+
+    # --- one step, in the order in which it happens --------------------------------------------
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Replace ``.grad`` of every layer under K-FAC by its preconditioned gradient.
+
+        A batch with a gradient that is not finite leaves everything as it was.
+
+        Raises:
+            RuntimeError: If a factor update is due and no statistics could be collected.
+        """
+        scale = float(self.grad_scaler.get_scale()) if self._scaler_enabled else 1.0
+        gradients = self.mean_gradients(1.0)
+        finite = all_finite(list(gradients.values()))
+        damping = dict.fromkeys(self.curvature.layers, self.damping.at(self.steps))
+        self.update_factors(finite, scale)
+        self.refresh_inverses(damping)
+        directions = self.precondition(gradients, damping)
+        for parameter, gradient in gradients.items():
+            assert parameter.grad is not None
+            direction = directions.get(parameter, gradient)
+            parameter.grad.copy_(torch.where(finite, direction, parameter.grad))
+        self.advance()
+
+    @property
+    def _scaler_enabled(self) -> bool:
+        return self.grad_scaler is not None and self.grad_scaler.is_enabled()
+
+    def mean_gradients(self, gradient_scale: Tensor | float) -> dict[nn.Parameter, Tensor]:
+        """Gradients of the mean loss, free of the scaler's factor; ``.grad`` is not changed."""
+        gradients = {p: p.grad for p in self.params if p.grad is not None}
+        divisor = gradient_scale
+        if self.loss_reduction == "sum" and gradients:
+            divisor = divisor * self._loss_terms()
+        if not isinstance(divisor, Tensor) and divisor == 1.0:
+            return gradients
+        return {p: g / torch.as_tensor(divisor).to(g) for p, g in gradients.items()}
+
+    def update_factors(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
+        """Fold the statistics of the batch into the running averages, if an update is due.
+
+        Args:
+            accept: Boolean scalar tensor; False drops the batch.
+            gradient_scale: The gradient scaler's factor on the gradients that the hooks saw.
+        """
+        self._nonfinite += (~accept).to(self._nonfinite)
+        if not self.capture.active:
+            return
+        self.capture.flush()
+        if self.curvature.has_pending:
+            g_scale = self._g_scale(gradient_scale)
+            self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept)
+        else:
+            self._explain_missing_statistics()
+
+    def _g_scale(self, gradient_scale: Tensor | float) -> Tensor:
+        """What turns the pending sum of G into that of the mean loss."""
+        if self.fisher == "forward-only":
+            return torch.ones(())
+        if self.fisher == "empirical":
+            return empirical_scale(self._loss_terms(), self.loss_reduction, gradient_scale)
+        return self._loss_terms().reciprocal()
+
+    def _loss_terms(self) -> Tensor:
+        terms = self.capture.terms
+        if not isinstance(terms, Tensor) and terms == 0:
+            raise RuntimeError(
+                "No loss terms were counted since the last step. Call the model that K-FAC was "
+                "given (not one of its parts) and, where there is one, the criterion object; or "
+                "pass loss_terms=."
+            )
+        return terms if isinstance(terms, Tensor) else torch.tensor(terms, dtype=torch.float64)
+
+    def _explain_missing_statistics(self) -> None:
+        if all(layer.weight.grad is None for layer in self.layers):
+            return
+        remedy = "."
+        if self.capture.needs_pass:
+            remedy = (
+                " and compute the loss with the criterion object that K-FAC was given, or pass "
+                "outputs= to pick the loss's input out of the model's output."
+            )
+        raise RuntimeError(
+            "A factor update is due, but no statistics were collected since the last step. Call "
+            "the model that K-FAC was given, with gradients enabled" + remedy
+        )
+
+    def refresh_inverses(self, damping: Mapping[str, float]) -> None:
+        """Recompute the inverses that are due: on period, or of a layer that never had one.
+
+        Args:
+            damping: λ by layer name.
+        """
+        due = self.steps % self.inverse_update_period.at(self.steps) == 0
+        self.curvature.refresh(damping, due=due)
+
+    def precondition(
+        self, gradients: Mapping[nn.Parameter, Tensor], damping: Mapping[str, float]
+    ) -> dict[nn.Parameter, Tensor]:
+        """See :meth:`kfac.curvature.Curvature.precondition`."""
+        return self.curvature.precondition(gradients, damping)
+
+    def advance(self) -> None:
+        """Count a completed step and decide whether the next one collects statistics."""
+        self.steps += 1
+        self.discard()
+        self._schedule_capture()
+
+    def _schedule_capture(self) -> None:
+        self.capture.active = self.steps % self.factor_update_period.at(self.steps) == 0
+
+    def discard(self) -> None:
+        """Forget the statistics that were collected since the last step."""
+        self.capture.discard()
+        self.curvature.discard()
+
+    def zero_grad(self) -> None:
+        """Forget the statistics of a batch that is given up; call it beside the optimizer's own."""
+        self.discard()
+
+    # --- reports -------------------------------------------------------------------------------
+
+    def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:
+        """Copies of a layer's running averages, A ``[groups, d_in, d_in]`` and G likewise.
+
+        A diagonal factor has one dimension fewer, an identity is None.
+
+        Raises:
+            KeyError: If K-FAC has no layer of this name.
+        """
+        return self.curvature.factor(layer)
+
+    def summary(self) -> Summary:
+        """One row per parameter: how it is trained, its factors' shapes, and why."""
+        return summarize(self.model, self.layers, self._reasons, self.params, self.capture.expanded)
+
+    def memory_estimate(self) -> dict[str, int]:
+        """Bytes that the engine holds between steps, by kind.
+
+        "factors" are the running averages, "pending" the sums of the current step, "inverses" the
+        strategy's state.
+        """
+        return self.curvature.memory_estimate()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Counts so far; reading them waits for the device.
+
+        "dropped_statistics" counts layers' statistics that were not finite or came with a gradient
+        that was not; "nonfinite_batches" counts steps with such a gradient, which changed nothing.
+        """
+        return {
+            "steps": self.steps,
+            **self.curvature.counters,
+            "dropped_statistics": int(self._dropped),
+            "nonfinite_batches": int(self._nonfinite),
+        }
+
+    def remove_hooks(self) -> None:
+        """Remove every hook from the model and the criterion; the factors stay as they are."""
+        self.capture.remove()
+        self.capture.active = False
+
+    # --- state ---------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that a resumed run needs, as tensors, numbers, strings and dicts."""
+        return {
+            "version": checkpoint.VERSION,
+            "fisher": self.fisher,
+            "steps": self.steps,
+            "dropped_statistics": int(self._dropped),
+            "nonfinite_batches": int(self._nonfinite),
+            "generators": self.capture.generator_states(),
+            **self.curvature.state_dict(),
+        }
+
+    def check_loadable(self, state_dict: Mapping[str, Any]) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed; changes nothing."""
+        checkpoint.check_version(state_dict)
+        checkpoint.check_setting(state_dict, "fisher", self.fisher)
+        self.curvature.check_loadable(state_dict)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned; statistics of an unfinished step are dropped.
+
+        Raises:
+            ValueError: If the state does not fit this model or these settings; nothing is changed.
+        """
+        self.check_loadable(state_dict)
+        self.curvature.load_state_dict(state_dict)
+        self.capture.discard()
+        self.capture.load_generator_states(state_dict["generators"])
+        self.steps = state_dict["steps"]
+        self._dropped.fill_(state_dict["dropped_statistics"])
+        self._nonfinite.fill_(state_dict["nonfinite_batches"])
+        self._schedule_capture()
+
+
+def _checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> FisherType:
+    if fisher is None:
+        return "empirical" if criterion is None else "mc"
+    check(owner, "fisher", fisher, one_of(get_args(FisherType)))
+    if criterion is None and fisher in ("mc", "type-2"):
+        raise argument_error(
+            owner, "fisher", "'empirical' or 'forward-only' without a criterion", fisher,
+            "Pass criterion=, the loss module that the training loop calls.",
+        )  # fmt: skip
+    return fisher
+
+
+def _checked_scaler(owner: str, scaler: Any) -> Any:
+    if scaler is not None and not (hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled")):
+        raise argument_error(owner, "grad_scaler", "a torch.amp.GradScaler or None", scaler)
+    return scaler

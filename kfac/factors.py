@@ -150,6 +150,6 @@ def fill_buckets(
 ) -> list[Bucket]:
     """Group layers of equal shape, dtype and device, keeping the order of first appearance."""
     members: dict[tuple[BlockShape, torch.dtype, torch.device], list[str]] = {}
-    for name, *key in zip(names, shapes, dtypes, devices, strict=True):
-        members.setdefault((key[0], key[1], key[2]), []).append(name)
+    for name, shape, dtype, device in zip(names, shapes, dtypes, devices, strict=True):
+        members.setdefault((shape, dtype, device), []).append(name)
     return [Bucket(layers, *key) for key, layers in members.items()]

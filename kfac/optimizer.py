@@ -214,7 +214,7 @@ class KFAC(torch.optim.Optimizer):
     # --- the algorithm -------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -236,16 +236,17 @@ class KFAC(torch.optim.Optimizer):
         if self._overflowed():
             engine.discard()
             return loss
+        plan = engine.plan()
+        damping = self._damping_by_layer()
         gradients = engine.mean_gradients(gradient_scale)
         finite = all_finite(list(gradients.values()))
-        damping = self._damping_by_layer()
         engine.update_factors(finite, scale_seen)
-        engine.refresh_inverses(damping)
+        engine.refresh_inverses(damping, plan)
         directions = engine.precondition(gradients, damping)
         self._clip(directions, gradients)
         self._descend(gradients | directions, finite)
         self._step_fallback(gradients, finite)
-        engine.advance()
+        engine.advance(plan)
         return loss
 
     def _overflowed(self) -> bool:
@@ -269,7 +270,7 @@ class KFAC(torch.optim.Optimizer):
         return 1.0, 1.0
 
     def _damping_by_layer(self) -> dict[str, float]:
-        by_parameter = {}
+        by_parameter: dict[int, float] = {}
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if not schedule.is_constant:
                 group["damping"] = schedule.at(self._engine.steps)
@@ -374,7 +375,7 @@ class KFAC(torch.optim.Optimizer):
 
     # --- state ---------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """State of the optimizer, loadable by ``torch.load(weights_only=True)``.
 
         Besides torch's "state" and "param_groups": "kfac" (factors in their own dtype and
@@ -385,7 +386,7 @@ class KFAC(torch.optim.Optimizer):
             state_dict["fallback"] = self._fallback.state_dict()
         return state_dict
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; a resumed run continues bit for bit.
 
         Raises:

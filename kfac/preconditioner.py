@@ -1,7 +1,7 @@
 """The engine: from backward passes to preconditioned gradients, without the update."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ _LOSS_TERMS = Constraint(
     "an integer >= 1, a callable or None",
     lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
 )
+
+
+class StepPlan(NamedTuple):
+    """What the schedules say about a step: refresh the inverses, collect statistics for the next."""
+
+    refresh: bool
+    capture_next: bool
 
 
 class Preconditioner:
@@ -201,17 +208,28 @@ class Preconditioner:
             RuntimeError: If a factor update is due and no statistics could be collected.
         """
         scale = float(self.grad_scaler.get_scale()) if self._scaler_enabled else 1.0
+        plan = self.plan()
         gradients = self.mean_gradients(1.0)
         finite = all_finite(list(gradients.values()))
         damping = dict.fromkeys(self.curvature.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
-        self.refresh_inverses(damping)
+        self.refresh_inverses(damping, plan)
         directions = self.precondition(gradients, damping)
         for parameter, gradient in gradients.items():
             assert parameter.grad is not None
             direction = directions.get(parameter, gradient)
             parameter.grad.copy_(torch.where(finite, direction, parameter.grad))
-        self.advance()
+        self.advance(plan)
+
+    def plan(self) -> StepPlan:
+        """Read the schedules before anything changes, so that a bad value fails harmlessly."""
+        return StepPlan(
+            refresh=self.steps % self.inverse_update_period.at(self.steps) == 0,
+            capture_next=self._factors_due(self.steps + 1),
+        )
+
+    def _factors_due(self, step: int) -> bool:
+        return step % self.factor_update_period.at(step) == 0
 
     @property
     def _scaler_enabled(self) -> bool:
@@ -237,7 +255,7 @@ class Preconditioner:
         self._nonfinite += (~accept).to(self._nonfinite)
         if not self.capture.active:
             return
-        self.capture.flush()
+        self.capture.statistics.flush()
         if self.curvature.has_pending:
             g_scale = self._g_scale(gradient_scale)
             self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept)
@@ -276,14 +294,14 @@ class Preconditioner:
             "the model that K-FAC was given, with gradients enabled" + remedy
         )
 
-    def refresh_inverses(self, damping: Mapping[str, float]) -> None:
+    def refresh_inverses(self, damping: Mapping[str, float], plan: StepPlan) -> None:
         """Recompute the inverses that are due: on period, or of a layer that never had one.
 
         Args:
             damping: λ by layer name.
+            plan: What this step does.
         """
-        due = self.steps % self.inverse_update_period.at(self.steps) == 0
-        self.curvature.refresh(damping, due=due)
+        self.curvature.refresh(damping, due=plan.refresh)
 
     def precondition(
         self, gradients: Mapping[nn.Parameter, Tensor], damping: Mapping[str, float]
@@ -291,14 +309,11 @@ class Preconditioner:
         """See :meth:`kfac.curvature.Curvature.precondition`."""
         return self.curvature.precondition(gradients, damping)
 
-    def advance(self) -> None:
-        """Count a completed step and decide whether the next one collects statistics."""
+    def advance(self, plan: StepPlan) -> None:
+        """Count a completed step."""
         self.steps += 1
         self.discard()
-        self._schedule_capture()
-
-    def _schedule_capture(self) -> None:
-        self.capture.active = self.steps % self.factor_update_period.at(self.steps) == 0
+        self.capture.active = plan.capture_next
 
     def discard(self) -> None:
         """Forget the statistics that were collected since the last step."""
@@ -323,7 +338,9 @@ class Preconditioner:
 
     def summary(self) -> Summary:
         """One row per parameter: how it is trained, its factors' shapes, and why."""
-        return summarize(self.model, self.layers, self._reasons, self.params, self.capture.expanded)
+        return summarize(
+            self.model, self.layers, self._reasons, self.params, self.capture.statistics.expanded
+        )
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes that the engine holds between steps, by kind.
@@ -349,7 +366,6 @@ class Preconditioner:
     def remove_hooks(self) -> None:
         """Remove every hook from the model and the criterion; the factors stay as they are."""
         self.capture.remove()
-        self.capture.active = False
 
     # --- state ---------------------------------------------------------------------------------
 
@@ -384,7 +400,7 @@ class Preconditioner:
         self.steps = state_dict["steps"]
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
-        self._schedule_capture()
+        self.capture.active = self._factors_due(self.steps)
 
 
 def _checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> FisherType:

@@ -1,7 +1,5 @@
 """Second moment of the channels of feature maps."""
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,7 @@ def channel_covariance(x: Tensor) -> Tensor:
     maps = to_accumulator("channel_covariance", x)
     maps = maps.flatten(2) if maps.dim() > 2 else maps.unsqueeze(2)
     examples, channels, positions = maps.shape
-    with without_autocast(x):
+    with torch.autocast(x.device.type, enabled=False):
         # The batched product writes N·C² numbers, the single one copies N·C·T unless x is
         # channels-last: the smaller of the two was also the faster on all shapes measured.
         if examples > 1 and channels <= positions:
@@ -63,21 +61,6 @@ def to_accumulator(owner: str, x: Tensor) -> Tensor:
             owner, "x", "a floating-point tensor", x.dtype, "Convert it with x.float()."
         )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
-    """Enter a region in which autocast leaves products of tensors like ``x`` alone.
-
-    Args:
-        x: Tensor on the device in question.
-
-    Returns:
-        A context manager.
-    """
-    # Entering torch.autocast takes longer than a small product does.
-    if not torch.is_autocast_enabled(x.device.type):
-        return nullcontext()
-    return torch.autocast(x.device.type, enabled=False)
 
 
 def argument_error(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac.covariance.channels import channel_covariance, without_autocast
+from kfac.covariance.channels import channel_covariance
 from kfac.covariance.geometry import PaddingMode, PatchGeometry, Windows, layout_of, windows_of
 
 # Patches are materialised in pieces of this size. Allocators reuse buffers below 32 MiB, and the
@@ -182,7 +182,7 @@ def patch_second_moment_diagonal(
 def _sum_of_products(windows: Windows) -> Tensor:
     groups, rows = windows.layout.groups, windows.rows
     total = windows.x.new_zeros(groups, rows, rows)
-    with without_autocast(windows.x):
+    with torch.autocast(windows.x.device.type, enabled=False):
         for part in _parts(windows):
             columns = part.permute(1, 4, 5, 0, 2, 3).reshape(groups, rows, -1)
             total.baddbmm_(columns, columns.mT)

@@ -72,7 +72,7 @@ def eigenbasis(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     safe = torch.where(finite.view(-1, 1, 1), matrices, 0.0)
     try:
         values, vectors = torch.linalg.eigh(safe)
-    except torch.linalg.LinAlgError:
+    except torch._C._LinAlgError:
         values, vectors = _eigh_one_by_one(safe)
     failed = ~(finite & values.sum(1).isfinite() & vectors.flatten(1).sum(1).isfinite())
     return (values.clamp(min=0), vectors), failed
@@ -84,6 +84,6 @@ def _eigh_one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
     for index, matrix in enumerate(matrices):
         try:
             values[index], vectors[index] = torch.linalg.eigh(matrix)
-        except torch.linalg.LinAlgError:
+        except torch._C._LinAlgError:
             continue  # stays NaN, which the caller flags
     return values, vectors

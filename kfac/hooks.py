@@ -1,0 +1,117 @@
+"""The pieces that sit in a model and in its autograd graph, and only call back."""
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Input of the tapped layer, gradient of its output, what this returned at the last visit.
+OnGradient = Callable[[Tensor, Tensor, object], object]
+# The model's output and the loss's target.
+OnReached = Callable[[Tensor, Tensor | None], None]
+
+
+class Tap(torch.autograd.Function):
+    """Identity on a layer's output that shows each gradient passing through, with the input.
+
+    The scalar probe is an input only so that ``torch.autograd.grad(output, probe, vector)`` visits
+    all taps and nothing else. The layer's input is saved the way autograd saves its own tensors,
+    so activation checkpointing and in-place checks apply to it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, output: Tensor, probe: Tensor, x: Tensor, on_gradient: OnGradient
+    ) -> Tensor:
+        """Mark the output as modified in place: no copy, and later in-place use stays legal."""
+        ctx.save_for_backward(x)
+        ctx.on_gradient = on_gradient
+        ctx.last = None
+        ctx.set_materialize_grads(False)
+        ctx.mark_dirty(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        """Show the gradient, and pass it on as it is."""
+        if gradient is not None:
+            (x,) = ctx.saved_tensors
+            ctx.last = ctx.on_gradient(x, gradient, ctx.last)
+        return gradient, None, None, None
+
+
+class OutputTap(torch.autograd.Function):
+    """Identity on the criterion's input that tells when the user's backward pass reaches it.
+
+    It sits downstream of the output that it saves, so the graph owns it and not the other way
+    round: an evaluation that never calls backward leaves nothing behind.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, target: Tensor | None, on_reached: OnReached) -> Tensor:
+        """Save the output, still attached to its graph, and the target."""
+        ctx.save_for_backward(output, target)
+        ctx.on_reached = on_reached
+        ctx.set_materialize_grads(False)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> Any:
+        """Announce the user's backward pass."""
+        if gradient is not None:
+            ctx.on_reached(*ctx.saved_tensors)
+        return gradient, None, None
+
+
+class ModuleHook:
+    """A module hook that copies and pickles as one that does nothing.
+
+    A deep copy of the model (an exponential moving average, say) takes its hooks along; those
+    must neither feed the original's statistics nor drag its optimizer into the copy.
+
+    Args:
+        module: The only module that this hook reacts to.
+        callback: Called with what torch passes to the hook after the module.
+    """
+
+    def __init__(
+        self, module: nn.Module | None = None, callback: Callable[..., Any] | None = None
+    ) -> None:
+        self.module = module
+        self.callback = callback
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Call back, if this hook is alive and on its own module."""
+        if self.callback is None or module is not self.module:
+            return None
+        return self.callback(*arguments)
+
+
+def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) -> None:
+    """Call a bound method when the gradient of ``tensor`` is known.
+
+    Only a weak reference to the method's object goes into the graph.
+    """
+    assert isinstance(method, MethodType)
+    reference = weakref.WeakMethod(method)
+
+    def hook(gradient: Tensor) -> None:
+        alive = reference()
+        if alive is not None:
+            alive(*arguments)
+
+    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+
+
+def argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None
+) -> Any:
+    """An argument of a call by position or, failing that, by name."""
+    return args[position] if len(args) > position else kwargs.get(name, default)

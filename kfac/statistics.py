@@ -1,0 +1,140 @@
+"""From what taps see to second moments, under ``"expand"`` and under ``"reduce"``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from kfac.layers import Layer
+from kfac.layers.base import row_moment
+
+# Layer name, factor "A" or "G", its second moment, the number of rows in it (of an "A").
+Sink = Callable[[str, str, Tensor, int], None]
+
+
+@dataclass(eq=False)
+class ForwardRecord:
+    """One call of the model.
+
+    Attributes:
+        batch_size: Size of the first axis of the model's first tensor argument.
+        loss_terms: Number of terms in its loss, where there is no criterion to tell.
+        counted: Whether ``loss_terms`` has been counted.
+        sums: Of each layer under ``"reduce"``, what has been summed over positions so far.
+    """
+
+    batch_size: int | None
+    loss_terms: int | None
+    counted: bool = False
+    sums: dict[str, "PositionSums"] = field(default_factory=dict)
+
+
+@dataclass
+class PositionSums:
+    """Inputs and gradients of one layer, summed over the positions of all its calls.
+
+    Attributes:
+        layer: The layer.
+        rows: Examples times positions in ``inputs``.
+        inputs: Σₜ a ``[examples, groups, d_in]``.
+        gradients: Σₜ g ``[examples, groups, d_out]`` of the current backward pass.
+    """
+
+    layer: Layer
+    rows: int = 0
+    inputs: Tensor | None = None
+    gradients: Tensor | None = None
+
+
+class Statistics:
+    """Takes what taps see and sends second moments to a sink.
+
+    Under ``"expand"`` every row is an outer product of its own. Under ``"reduce"`` the positions
+    of an example are first averaged (inputs) or summed (gradients), over all calls of the module
+    in one forward; so the moments are due only when the backward pass is over, at :meth:`flush`.
+
+    Args:
+        sink: Receives every moment.
+        with_gradients: Whether G is wanted at all.
+
+    Source:
+        Eschenhagen et al. 2023, sections 3.1 and 3.2.
+    """
+
+    def __init__(self, sink: Sink, *, with_gradients: bool) -> None:
+        self.sink = sink
+        self.with_gradients = with_gradients
+        self.expanded: set[str] = set()
+        self._open: list[ForwardRecord] = []
+
+    def take(
+        self, layer: Layer, record: ForwardRecord | None, x: Tensor | None, gradient: Tensor
+    ) -> None:
+        """Take the input (unless it was counted before) and the output gradient of one call."""
+        with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
+            examples = self._examples(layer, record, gradient)
+            if examples is None:
+                if x is not None:
+                    self.sink(layer.name, "A", layer.input_moment(x), layer.rows(x))
+                if self.with_gradients:
+                    self.sink(layer.name, "G", layer.gradient_moment(gradient), 0)
+            else:
+                assert record is not None
+                self._sum(layer, record, examples, x, gradient)
+
+    def _examples(self, layer: Layer, record: ForwardRecord | None, gradient: Tensor) -> int | None:
+        """Number of examples to reduce to, None to expand."""
+        if layer.weight_sharing == "expand":
+            return None
+        batch_size = None if record is None else record.batch_size
+        if not batch_size or layer.leading_size(gradient) % batch_size:
+            self.expanded.add(layer.name)
+            return None
+        return batch_size
+
+    def _sum(
+        self,
+        layer: Layer,
+        record: ForwardRecord,
+        examples: int,
+        x: Tensor | None,
+        gradient: Tensor,
+    ) -> None:
+        if record not in self._open:
+            self._open.append(record)
+        sums = record.sums.setdefault(layer.name, PositionSums(layer))
+        if x is not None:
+            rows = layer.rows(x)
+            inputs = layer.input_mean(x, examples) * (rows // examples)
+            sums.inputs = inputs if sums.inputs is None else sums.inputs + inputs
+            sums.rows += rows
+        if self.with_gradients:
+            total = layer.gradient_sum(gradient, examples)
+            sums.gradients = total if sums.gradients is None else sums.gradients + total
+
+    def flush_gradients(self) -> None:
+        """One backward pass is over: turn its summed gradients into moments."""
+        for record in self._open:
+            for name, sums in record.sums.items():
+                if sums.gradients is not None:
+                    moment = row_moment(sums.gradients, sums.layer.shape.g_kind)
+                    self.sink(name, "G", moment, 0)
+                    sums.gradients = None
+
+    def flush(self) -> None:
+        """All backward passes are over: turn every sum into a moment."""
+        self.flush_gradients()
+        for record in self._open:
+            for name, sums in record.sums.items():
+                if sums.inputs is not None:
+                    examples = len(sums.inputs)
+                    mean = sums.inputs * (examples / sums.rows)
+                    self.sink(name, "A", row_moment(mean, sums.layer.shape.a_kind), examples)
+        self.discard()
+
+    def discard(self) -> None:
+        """Forget the sums."""
+        for record in self._open:
+            record.sums.clear()
+        self._open.clear()

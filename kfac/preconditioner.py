@@ -52,7 +52,7 @@ _LOSS_TERMS = Constraint(
 
 
 class StepPlan(NamedTuple):
-    """What the schedules say about a step: refresh the inverses, collect statistics for the next."""
+    """What the schedules say of a step: refresh the inverses, take statistics for the next."""
 
     refresh: bool
     capture_next: bool
@@ -252,9 +252,11 @@ class Preconditioner:
             accept: Boolean scalar tensor; False drops the batch.
             gradient_scale: The gradient scaler's factor on the gradients that the hooks saw.
         """
+        if self.capture.active:
+            self._fold_statistics(accept, gradient_scale)
         self._nonfinite += (~accept).to(self._nonfinite)
-        if not self.capture.active:
-            return
+
+    def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
         if self.curvature.has_pending:
             g_scale = self._g_scale(gradient_scale)

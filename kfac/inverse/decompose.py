@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
+from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 # A decomposition: matrices [n, d, d] -> results (each [n, ...]) and whether each matrix failed [n].
 Routine = Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
@@ -72,7 +73,7 @@ def eigenbasis(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     safe = torch.where(finite.view(-1, 1, 1), matrices, 0.0)
     try:
         values, vectors = torch.linalg.eigh(safe)
-    except torch._C._LinAlgError:
+    except LinAlgError:
         values, vectors = _eigh_one_by_one(safe)
     failed = ~(finite & values.sum(1).isfinite() & vectors.flatten(1).sum(1).isfinite())
     return (values.clamp(min=0), vectors), failed
@@ -84,6 +85,6 @@ def _eigh_one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
     for index, matrix in enumerate(matrices):
         try:
             values[index], vectors[index] = torch.linalg.eigh(matrix)
-        except torch._C._LinAlgError:
+        except LinAlgError:
             continue  # stays NaN, which the caller flags
     return values, vectors

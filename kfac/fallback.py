@@ -31,7 +31,8 @@ class Fallback:
         groups: Sequence[dict[str, Any]],
         parameters: Sequence[Sequence[nn.Parameter]],
     ) -> None:
-        self._sources = [g for g, members in zip(groups, parameters, strict=True) if members]
+        # By position: loading a state dict replaces the groups themselves.
+        self._sources = [index for index, members in enumerate(parameters) if members]
         inner_groups = [
             {"params": list(members), "weight_decay": group["weight_decay"]}
             for group, members in zip(groups, parameters, strict=True)
@@ -44,15 +45,22 @@ class Fallback:
                 "KFAC", "fallback", "a function that returns a torch.optim.Optimizer", fallback
             )
         self._base = [
-            (float(source["lr"]), float(inner["lr"]))
+            (float(groups[source]["lr"]), float(inner["lr"]))
             for source, inner in zip(self._sources, self.optimizer.param_groups, strict=True)
         ]
 
-    def step(self, gradients: Mapping[nn.Parameter, Tensor]) -> None:
-        """Update the parameters with the given gradients in place of their ``.grad``."""
-        groups = zip(self._sources, self.optimizer.param_groups, self._base, strict=True)
-        for source, inner, (base, inner_base) in groups:
-            lr = float(source["lr"])
+    def step(
+        self, gradients: Mapping[nn.Parameter, Tensor], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        """Update the parameters.
+
+        Args:
+            gradients: Used in place of the parameters' ``.grad``.
+            groups: K-FAC's parameter groups, whose learning rates set the schedule.
+        """
+        followers = zip(self._sources, self.optimizer.param_groups, self._base, strict=True)
+        for source, inner, (base, inner_base) in followers:
+            lr = float(groups[source]["lr"])
             inner["lr"] = inner_base * (lr / base if base else float(lr > 0))
         members = [p for group in self.optimizer.param_groups for p in group["params"]]
         with _gradients_replaced(members, gradients):

@@ -11,7 +11,7 @@ Source:
 """
 
 from collections.abc import Iterator
-from typing import Literal, Protocol, runtime_checkable
+from typing import Literal, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -59,17 +59,6 @@ class _TermwiseLikelihood:
 
     def __init__(self, criterion: nn.Module, loss_reduction: LossReduction | None) -> None:
         self.criterion = criterion
-        declared = criterion.reduction
-        if declared == "none" and loss_reduction is None:
-            raise argument_error(
-                type(criterion).__name__, "reduction", "'mean' or 'sum'", declared,
-                "Say with loss_reduction= how the unreduced loss is reduced afterwards.",
-            )  # fmt: skip
-        if declared != "none" and loss_reduction not in (None, declared):
-            raise argument_error(
-                "KFAC", "loss_reduction", f"the criterion's own reduction {declared!r}",
-                loss_reduction, "Leave it out: it is read from the criterion.",
-            )  # fmt: skip
         self._loss_reduction = loss_reduction
 
     @property
@@ -276,27 +265,42 @@ _LIKELIHOODS: dict[type[nn.Module], type[_TermwiseLikelihood]] = {
 }
 
 
-def likelihood_of(criterion: object, loss_reduction: LossReduction | None) -> Likelihood:
+def likelihood_of(
+    criterion: object, loss_reduction: LossReduction | None, owner: str
+) -> Likelihood:
     """Return the likelihood that a ``criterion=`` argument stands for.
 
     Args:
         criterion: A supported loss module (its exact type), or an object with the
             :class:`Likelihood` protocol.
         loss_reduction: How an unreduced loss is reduced afterwards.
+        owner: Class name for error messages.
 
     Raises:
         ValueError: If the criterion is of another kind or the two reductions disagree.
     """
-    for module_type, likelihood in _LIKELIHOODS.items():
-        if type(criterion) is module_type:
-            return likelihood(criterion, loss_reduction)
-    if isinstance(criterion, Likelihood):
-        return criterion
-    names = ", ".join(f"nn.{module_type.__name__}" for module_type in _LIKELIHOODS)
-    raise argument_error(
-        "KFAC", "criterion", f"one of {names} or an object with the Likelihood protocol", criterion,
-        "Leave it out to train with the empirical Fisher, which suits any loss.",
-    )  # fmt: skip
+    likelihood_type = _LIKELIHOODS.get(type(criterion))  # type: ignore[arg-type]
+    is_protocol = isinstance(criterion, Likelihood) and not isinstance(criterion, type)
+    if likelihood_type is None and not is_protocol:
+        names = ", ".join(f"nn.{module_type.__name__}" for module_type in _LIKELIHOODS)
+        raise argument_error(
+            owner, "criterion", f"one of {names} or an object with the Likelihood protocol",
+            criterion, "Leave it out to train with the empirical Fisher, which suits any loss.",
+        )  # fmt: skip
+    declared = criterion.reduction  # type: ignore[attr-defined]
+    if declared == "none" and loss_reduction is None:
+        raise argument_error(
+            type(criterion).__name__, "reduction", "'mean' or 'sum'", declared,
+            "Say with loss_reduction= how the unreduced loss is reduced afterwards.",
+        )  # fmt: skip
+    if declared != "none" and loss_reduction not in (None, declared):
+        raise argument_error(
+            owner, "loss_reduction", f"the criterion's own reduction {declared!r}", loss_reduction,
+            "Leave it out: it is read from the criterion.",
+        )  # fmt: skip
+    if likelihood_type is None:
+        return cast(Likelihood, criterion)
+    return likelihood_type(cast(nn.Module, criterion), loss_reduction)
 
 
 def empirical_scale(

@@ -324,7 +324,7 @@ class KFAC(torch.optim.Optimizer):
 
     def _step_fallback(self, gradients: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
         if self._fallback is not None and bool(accept):
-            self._fallback.step(gradients)
+            self._fallback.step(gradients, self.param_groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""

@@ -156,7 +156,9 @@ class Preconditioner:
         self.factor_decay = factor_decay
         self.grad_scaler = _checked_scaler(owner, grad_scaler)
         self.inverse = resolve(inverse, STRATEGIES, owner)
-        self.likelihood = None if criterion is None else likelihood_of(criterion, loss_reduction)
+        self.likelihood = (
+            None if criterion is None else likelihood_of(criterion, loss_reduction, owner)
+        )
         self.fisher = _checked_fisher(owner, fisher, criterion)
         self.loss_reduction: LossReduction = (
             self.likelihood.reduction if self.likelihood else loss_reduction or "mean"

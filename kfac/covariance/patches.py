@@ -182,10 +182,9 @@ def patch_second_moment_diagonal(
 def _sum_of_products(windows: Windows) -> Tensor:
     groups, rows = windows.layout.groups, windows.rows
     total = windows.x.new_zeros(groups, rows, rows)
-    with torch.autocast(windows.x.device.type, enabled=False):
-        for part in _parts(windows):
-            columns = part.permute(1, 4, 5, 0, 2, 3).reshape(groups, rows, -1)
-            total.baddbmm_(columns, columns.mT)
+    for part in _parts(windows):
+        columns = part.permute(1, 4, 5, 0, 2, 3).reshape(groups, rows, -1)
+        total.baddbmm_(columns, columns.mT)  # in place: autocast then leaves it in float32
     return total
 
 

@@ -12,6 +12,7 @@ a batch that was given up, wherever in the loop it stands.
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
+from kfac.graph import count_uses, mark, marks_behind
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
 from kfac.statistics import ForwardRecord, Sink, Statistics
@@ -83,8 +85,14 @@ class Capture:
         self._probes: dict[torch.device, Tensor] = {}
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
-        self._unclaimed: tuple[Tensor, ForwardRecord] | None = None
+        # Outputs that no criterion has claimed; held until the backward pass or the next step.
+        self._unclaimed: dict[ForwardRecord, Tensor] = {}
+        self._in_forward = False
+        # Calls of each layer in the first forward, until its graph has been checked.
+        self._calls: Counter[Layer] | None = Counter()
+        self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
+        self._model = model
         self._handles = self._register(model, layers, criterion)
 
     def _register(
@@ -93,7 +101,7 @@ class Capture:
         before, after = ModuleHook(model, self._begin_forward), ModuleHook(model, self._end_forward)
         handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         for layer in layers:
             hook = ModuleHook(layer.module, partial(self._tap, layer))
@@ -116,6 +124,11 @@ class Capture:
         """Whether statistics come from Fisher passes rather than from the user's backward."""
         return self.fisher in ("mc", "type-2")
 
+    def end_step(self) -> None:
+        """Forget what belongs to the step that is over."""
+        self._unclaimed.clear()
+        self.discard()
+
     def discard(self) -> None:
         """Forget everything that has been counted since the last step."""
         self.terms = 0.0
@@ -130,24 +143,49 @@ class Capture:
         self.statistics.flush()
         batch_size = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         terms = self.loss_terms if self.loss_terms is not None else batch_size
-        self._record = ForwardRecord(
-            batch_size, terms(*args, **kwargs) if callable(terms) else terms
-        )
+        terms = terms(*args, **kwargs) if callable(terms) else terms
+        self._record = ForwardRecord(batch_size, terms)
+        self._in_forward = True
 
     def _end_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Watch the model's output for the user's backward pass."""
         record = self._record
+        self._in_forward = False
         if record is None or not torch.is_grad_enabled():
             return
-        if self.likelihood is None:
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    on_backward(tensor, self._count_terms, record)
-        elif not self._criterion_called:
-            selected = self._select(output)
-            if selected is not None and selected.requires_grad:
-                self._unclaimed = selected, record
-                on_backward(selected, self._reach_unclaimed, record)
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        self._check_uses(tensors)
+        for tensor in tensors:
+            mark(tensor, self._key, record)
+            if self.likelihood is None:
+                on_backward(tensor, self._count_terms, record)
+        if self.likelihood is not None and not self._criterion_called:
+            self._watch_unclaimed(record, self._select(output))
+
+    def _check_uses(self, outputs: Sequence[Tensor]) -> None:
+        """On the first forward, warn of weights that are used outside of their modules too."""
+        if not (self.active and self._calls):
+            return
+        uses = count_uses(outputs, {layer.name: layer.weight for layer in self._calls})
+        for layer, calls in self._calls.items():
+            if uses[layer.name] > calls:
+                warnings.warn(
+                    f"The weight of the layer {layer.name!r} is used {uses[layer.name]} times in "
+                    f"the forward pass, but its module is called only {calls} times. K-FAC does "
+                    "not see the other uses; leave the layer to the fallback with skip=.",
+                    stacklevel=2,
+                )
+        self._calls = None
+
+    def _watch_unclaimed(self, record: ForwardRecord, output: Tensor | None) -> None:
+        """Be ready for a loss that is not computed by the criterion object."""
+        if output is None or not output.requires_grad or output.dim() == 0:
+            return
+        if self.active and self.needs_pass:
+            if not self._model.training:
+                self._unclaimed.clear()  # an evaluation with gradients never calls backward
+            self._unclaimed[record] = output
+        on_backward(output, self._reach_unclaimed, record, output.detach())
 
     def _select(self, output: Any) -> Tensor | None:
         if self.outputs is not None:
@@ -165,7 +203,10 @@ class Capture:
         if torch._C._are_functorch_transforms_active():
             return None
         x = argument(args, kwargs, 0, "input")
-        on_gradient = partial(self._visit, layer, self._record)
+        recomputed = torch._C._current_graph_task_id() != -1
+        on_gradient = partial(self._visit, layer, self._record, recomputed)
+        if self._calls is not None:
+            self._calls[layer] += 1
         tapped: Tensor = Tap.apply(output, self._probe(output.device), x.detach(), on_gradient)
         return tapped
 
@@ -181,11 +222,20 @@ class Capture:
         output = argument(args, kwargs, 0, "input")
         if not (torch.is_grad_enabled() and isinstance(output, Tensor) and output.requires_grad):
             return None
+        records = self._records_behind(output)
+        if not records:
+            return None  # the loss of another model
         self._criterion_called = True
-        self._unclaimed = None
-        on_reached = partial(self._reach_output, self._record)
+        self._unclaimed.clear()
+        on_reached = partial(self._reach_output, records)
         claimed = OutputTap.apply(output, argument(args, kwargs, 1, "target"), on_reached)
         return ((claimed, *args[1:]), kwargs) if args else ((), kwargs | {"input": claimed})
+
+    def _records_behind(self, output: Tensor) -> list[ForwardRecord]:
+        """The calls of the model that a tensor was computed from, by walking its graph."""
+        if self._in_forward and self._record is not None:
+            return [self._record]  # the model computes its own loss
+        return marks_behind(output, self._key)
 
     # --- backward ------------------------------------------------------------------------------
 
@@ -197,14 +247,18 @@ class Capture:
         record.counted = True
         self.terms = self.terms + record.loss_terms
 
-    def _reach_unclaimed(self, record: ForwardRecord) -> None:
-        """As :meth:`_reach_output`, where the user does not call the criterion object."""
-        if self._unclaimed is None or self._unclaimed[1] is not record or Capture._running:
+    def _reach_unclaimed(self, record: ForwardRecord, output: Tensor) -> None:
+        """As :meth:`_reach_output`, where the user does not call the criterion object.
+
+        Args:
+            record: The call of the model.
+            output: Its output, detached.
+        """
+        if self._criterion_called or record.counted or Capture._running:
             return
-        output, _ = self._unclaimed
-        self._unclaimed = None  # our own pass fires this hook again
+        record.counted = True  # our own pass fires this hook again
         self._warn_of_unseen_targets(output)
-        self._reach_output(record, output, None)
+        self._reach_output([record], self._unclaimed.pop(record, output), None)
 
     def _warn_of_unseen_targets(self, output: Tensor) -> None:
         likelihood = self.likelihood
@@ -219,14 +273,14 @@ class Capture:
             )
 
     def _reach_output(
-        self, record: ForwardRecord | None, output: Tensor, target: Tensor | None
+        self, records: Sequence[ForwardRecord], output: Tensor, target: Tensor | None
     ) -> None:
         """The user's backward pass has reached the model's output: count terms, run ours."""
         assert self.likelihood is not None
         with torch.no_grad():
             self.terms = self.terms + self.likelihood.normalizer(output.detach(), target)
-            if self.active and self.needs_pass:
-                self._run_pass(output, self._vectors(record, output.detach(), target))
+            if self.active and self.needs_pass and output.requires_grad:
+                self._run_pass(output, self._vectors(records, output.detach(), target))
 
     def _run_pass(self, output: Tensor, vectors: Iterator[Tensor]) -> None:
         previous, Capture._running = Capture._running, self
@@ -242,7 +296,7 @@ class Capture:
             Capture._running = previous
 
     def _vectors(
-        self, record: ForwardRecord | None, output: Tensor, target: Tensor | None
+        self, records: Sequence[ForwardRecord], output: Tensor, target: Tensor | None
     ) -> Iterator[Tensor]:
         assert self.likelihood is not None
         if self.fisher == "mc":
@@ -250,7 +304,7 @@ class Capture:
             for _ in range(self.num_samples):
                 yield self.likelihood.sample(output, target, generator) / self.num_samples**0.5
             return
-        examples = len(output) if record is None else record.batch_size or len(output)
+        examples = sum(record.batch_size or 0 for record in records) or len(output)
         count = self.likelihood.num_vectors(output, examples)
         if count > self.max_vectors:
             raise ValueError(
@@ -261,7 +315,13 @@ class Capture:
         yield from self.likelihood.vectors(output, target, examples)
 
     def _visit(
-        self, layer: Layer, record: ForwardRecord | None, x: Tensor, gradient: Tensor, last: object
+        self,
+        layer: Layer,
+        record: ForwardRecord | None,
+        recomputed: bool,
+        x: Tensor,
+        gradient: Tensor,
+        last: object,
     ) -> object:
         """A gradient has arrived at a tap: take the statistics that this pass is for.
 
@@ -269,13 +329,26 @@ class Capture:
         return value: a pass sends many vectors, but the input is the same for all of them.
         """
         foreign = Capture._running is not None and Capture._running is not self
-        if foreign or not self.active or self.needs_pass != (self._pass is not None):
+        if foreign or not self.active:
+            return last
+        if self.needs_pass and self._pass is None:
+            self._refuse_reentrant(layer, recomputed)
             return last
         if self._pass is None and torch.is_grad_enabled():
             return last  # create_graph: a derivative inside the loss, not the gradient of the loss
         is_counted = self._pass is not None and last is self._pass
         self.statistics.take(layer, record, None if is_counted else x, gradient)
         return self._pass
+
+    def _refuse_reentrant(self, layer: Layer, recomputed: bool) -> None:
+        """The user's backward pass visits a tap that was made during it: no pass of ours can."""
+        if recomputed:
+            raise RuntimeError(
+                f"The layer {layer.name!r} is in a region under reentrant activation "
+                f"checkpointing, which the Fisher pass of fisher={self.fisher!r} cannot enter. Use "
+                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
+                "fisher='empirical'."
+            )
 
     # --- generators ----------------------------------------------------------------------------
 

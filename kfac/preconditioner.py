@@ -316,7 +316,8 @@ class Preconditioner:
     def advance(self, plan: StepPlan) -> None:
         """Count a completed step."""
         self.steps += 1
-        self.discard()
+        self.capture.end_step()
+        self.curvature.discard()
         self.capture.active = plan.capture_next
 
     def discard(self) -> None:

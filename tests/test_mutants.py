@@ -1,0 +1,399 @@
+"""Bugs of published packages, planted here one by one: each is caught by a test with a name."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import test_exactness as exactness
+import test_gradients_untouched as untouched
+import test_invariance as invariance
+import torch
+from torch import Tensor
+
+import kfac.damping
+import kfac.inverse.cholesky
+import kfac.inverse.eigen
+import kfac.optimizer
+import kfac.preconditioner
+from kfac.capture import Capture
+from kfac.curvature import Curvature
+from kfac.factors import Bucket
+from kfac.fisher import Bernoulli, CrossEntropy, _TermwiseLikelihood
+from kfac.layers.conv import Conv2dLayer
+from kfac.layers.linear import LinearLayer
+from kfac.optimizer import KFAC
+from kfac.preconditioner import Preconditioner
+
+Replacement = Callable[..., Any]  # of (original, *arguments)
+
+
+def replace(owner: object, name: str, replacement: Replacement) -> Callable:
+    """A mutant: `owner.name(...)` becomes `replacement(original, ...)`."""
+
+    def plant(patch: pytest.MonkeyPatch) -> None:
+        original = getattr(owner, name)
+        if isinstance(original, property):
+            patch.setattr(owner, name, property(lambda self: replacement(original.fget, self)))
+        else:
+            patch.setattr(owner, name, lambda *a, **k: replacement(original, *a, **k))
+
+    return plant
+
+
+def without_geometry(key: str, value: object) -> Callable:
+    """A convolution whose factors know nothing of one of its arguments."""
+    return replace(Conv2dLayer, "geometry", lambda original, self: original(self) | {key: value})
+
+
+def positions(layer: Conv2dLayer, x: Tensor) -> int:
+    return layer.rows(x) // len(x)
+
+
+def inverted_average(original: Replacement, bucket: Bucket, *arguments: object) -> Tensor:
+    """The weights of the old average and of the new value swapped: old + new - average."""
+    old = {name: factor.clone() for name, factor in bucket.factors.items()}
+    result = original(bucket, *arguments)
+    for name, average in bucket.factors.items():
+        weight = bucket.weight.view(-1, *[1] * (average.dim() - 1))
+        new = old[name] + (average - old[name]) * weight
+        average.copy_(old[name] + new - average)
+    return result
+
+
+def identity_start(original: Replacement, bucket: Bucket) -> None:
+    original(bucket)
+    bucket.weight.fill_(1)
+    for factor in bucket.factors.values():
+        factor.diagonal(dim1=-2, dim2=-1).fill_(1)
+
+
+def damp_in_place(original: Replacement, factor: Tensor, amount: Tensor) -> Tensor:
+    return factor.copy_(original(factor, amount))
+
+
+def last_call_wins(
+    original: Replacement, bucket: Bucket, index: int, name: str, moment: Tensor, rows: int = 0
+) -> None:
+    bucket.pending[name][index] = 0
+    if name == "A":
+        bucket.rows[index] = 0
+    original(bucket, index, name, moment, rows)
+
+
+def average_groups(original: Replacement, layer: Conv2dLayer, x: Tensor) -> Tensor:
+    moment = original(layer, x)
+    return moment.mean(0, keepdim=True).expand_as(moment)
+
+
+def count_without_grad(
+    original: Replacement, capture: Capture, layer: Any, args: tuple, *rest: object
+) -> Tensor | None:
+    if not torch.is_grad_enabled():
+        x = args[0]
+        capture.statistics.sink(layer.name, "A", layer.input_moment(x), layer.rows(x))
+    return original(capture, layer, args, *rest)
+
+
+def count_inputs_in_the_forward_pass(patch: pytest.MonkeyPatch) -> None:
+    def tap(original: Replacement, capture: Capture, layer: Any, args: tuple, *rest: object):
+        if torch.is_grad_enabled():
+            accumulate(
+                capture.statistics.sink.__self__,
+                layer.name,
+                "A",
+                layer.input_moment(args[0].detach()),
+                0,
+            )
+        return original(capture, layer, args, *rest)
+
+    accumulate = Curvature.accumulate
+    replace(Capture, "_tap", tap)(patch)
+    replace(
+        Curvature,
+        "accumulate",
+        lambda original, self, layer, factor, moment, rows: original(
+            self, layer, factor, moment * 0 if factor == "A" else moment, rows
+        ),
+    )(patch)
+
+
+def overflow_enters(original: Replacement, optimizer: KFAC) -> bool:
+    overflowed = original(optimizer)
+    if overflowed:
+        optimizer._engine.update_factors(torch.tensor(True), 1.0)
+    return overflowed
+
+
+def couple_weight_decay(
+    original: Replacement, parameters: list, directions: list, *rest: object, **settings: Any
+) -> None:
+    decay = settings.pop("weight_decay")
+    directions = [d + decay * p for d, p in zip(directions, parameters, strict=True)]
+    original(parameters, directions, *rest, weight_decay=0.0, **settings)
+
+
+def most_likely_labels(original: Replacement, self: Any, rows: Tensor, generator: Any) -> Tensor:
+    original(self, rows, generator)
+    p = rows.softmax(1)
+    return p - torch.nn.functional.one_hot(p.argmax(1), p.shape[1])
+
+
+NATURAL = exactness.test_step_is_the_dense_natural_gradient
+FACTORED = exactness.test_cholesky_is_the_dense_factored_damping
+EXPLICIT = exactness.test_step_is_the_solve_with_explicit_factors
+COUNTED = untouched.test_only_the_training_pass_is_counted
+
+# name: (the mutant, the test that catches it, that test's arguments)
+MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]] = {
+    # factors
+    "A of a convolution misses 1/T": (
+        replace(Conv2dLayer, "rows", lambda original, self, x: len(x)),
+        EXPLICIT,
+        ("convolution", "expand", "type-2"),
+    ),
+    "G of a convolution is averaged over positions": (
+        replace(
+            Conv2dLayer,
+            "gradient_moment",
+            lambda original, self, g: original(self, g) / (g.shape[2] * g.shape[3]),
+        ),
+        EXPLICIT,
+        ("convolution", "expand", "type-2"),
+    ),
+    "reduce: inputs summed over positions": (
+        replace(
+            Conv2dLayer,
+            "input_mean",
+            lambda original, self, x, n: original(self, x, n) * positions(self, x),
+        ),
+        NATURAL,
+        ("3×3",),
+    ),
+    "reduce: gradients averaged over positions": (
+        replace(
+            Conv2dLayer,
+            "gradient_sum",
+            lambda original, self, g, n: original(self, g, n) / (g.shape[2] * g.shape[3]),
+        ),
+        NATURAL,
+        ("3×3",),
+    ),
+    "Linear over a sequence misses 1/S": (
+        replace(LinearLayer, "rows", lambda original, self, x: len(x)),
+        NATURAL,
+        ("sequences",),
+    ),
+    "dilation ignored": (without_geometry("dilation", (1, 1)), NATURAL, ("dilation",)),
+    "stride ignored": (without_geometry("stride", (1, 1)), NATURAL, ("stride",)),
+    "padding ignored": (without_geometry("padding", (0, 0)), NATURAL, ("padding",)),
+    "padding_mode ignored": (without_geometry("padding_mode", "zeros"), NATURAL, ("circular",)),
+    "groups averaged": (
+        replace(Conv2dLayer, "input_moment", average_groups),
+        EXPLICIT,
+        ("convolution, groups", "expand", "type-2"),
+    ),
+    "bias missing from A": (
+        replace(
+            LinearLayer,
+            "input_moment",
+            lambda original, self, x: original(self, x).index_fill(-1, torch.tensor([-1]), 0.0),
+        ),
+        NATURAL,
+        ("deep linear net",),
+    ),
+    "factors kept in bfloat16": (
+        replace(
+            Curvature,
+            "accumulate",
+            lambda original, self, layer, factor, moment, rows: original(
+                self, layer, factor, moment.bfloat16().to(moment), rows
+            ),
+        ),
+        exactness.test_factors_keep_their_precision_under_autocast,
+        (),
+    ),
+    # what is counted
+    "division by the count dropped": (
+        replace(
+            Bucket,
+            "accumulate",
+            lambda original, self, index, name, moment, rows=0: original(
+                self, index, name, moment, min(rows, 1)
+            ),
+        ),
+        invariance.test_repeating_the_batch_changes_nothing,
+        ("cross-entropy", "type-2", "eigen"),
+    ),
+    "module called twice: last call wins": (
+        replace(Bucket, "accumulate", last_call_wins),
+        EXPLICIT,
+        ("layer called twice", "expand", "empirical"),
+    ),
+    "micro-batches: last one wins": (
+        replace(Bucket, "accumulate", last_call_wins),
+        invariance.test_micro_batches_equal_one_batch,
+        ("cross-entropy", "empirical", "expand", 2),
+    ),
+    "forwards without gradient counted": (
+        replace(Capture, "_tap", count_without_grad),
+        COUNTED,
+        ("empirical", "evaluation_between", "mean"),
+    ),
+    "A counted twice under checkpointing": (
+        count_inputs_in_the_forward_pass,
+        untouched.test_checkpointing_counts_every_layer_once,
+        ("empirical",),
+    ),
+    "statistics of an overflow enter the average": (
+        replace(KFAC, "_overflowed", overflow_enters),
+        invariance.test_a_step_with_overflow_leaves_no_trace,
+        ("type-2", False),
+    ),
+    "statistics of a skipped step stay": (
+        replace(Preconditioner, "discard", lambda original, self: None),
+        invariance.test_zero_grad_after_a_step_that_the_user_skipped_discards_its_statistics,
+        (),
+    ),
+    "gradient scaler's factor stays in G": (
+        replace(
+            kfac.preconditioner,
+            "empirical_scale",
+            lambda original, terms, reduction, scale: original(terms, reduction, 1.0),
+        ),
+        invariance.test_amp_scale_changes_nothing,
+        ("empirical", 1),
+    ),
+    "summed gradient not divided": (
+        replace(
+            Preconditioner,
+            "mean_gradients",
+            lambda original, self, scale: {p: p.grad / scale for p in self.params},
+        ),
+        invariance.test_summed_loss_steps_like_the_mean,
+        ("cross-entropy", "type-2", 1),
+    ),
+    # running average
+    "running average inverted": (
+        replace(Bucket, "fold", inverted_average),
+        invariance.test_running_average_is_exact_from_the_first_update_on,
+        (0.7, 1),
+    ),
+    "running average starts from the identity": (
+        replace(Bucket, "__post_init__", identity_start),
+        invariance.test_running_average_is_exact_from_the_first_update_on,
+        (0.7, 1),
+    ),
+    # inverses
+    "damping added in place": (
+        replace(kfac.inverse.cholesky, "damped", damp_in_place),
+        invariance.test_damping_is_not_accumulated,
+        ("cholesky",),
+    ),
+    "each factor damped by λ": (
+        replace(
+            kfac.inverse.cholesky,
+            "factored_damping",
+            lambda original, a, g, damping: original(a, g, damping.square()),
+        ),
+        FACTORED,
+        ("deep linear net",),
+    ),
+    "π left out": (
+        replace(kfac.damping, "pi_ratio", lambda original, a, g: torch.ones_like(original(a, g))),
+        FACTORED,
+        ("deep linear net",),
+    ),
+    "Q where Qᵀ belongs": (
+        replace(
+            kfac.inverse.eigen,
+            "eigenbasis",
+            lambda original, m: (lambda r, bad: ((r[0], r[1].mT), bad))(*original(m)),
+        ),
+        NATURAL,
+        ("deep linear net",),
+    ),
+    "eigenvalues sorted, eigenvectors not": (
+        replace(
+            kfac.inverse.eigen,
+            "eigenbasis",
+            lambda original, m: (lambda r, bad: ((r[0].flip(-1), r[1]), bad))(*original(m)),
+        ),
+        NATURAL,
+        ("deep linear net",),
+    ),
+    # loss
+    "class weights ignored": (
+        replace(CrossEntropy, "_weight", lambda original, self: None),
+        EXPLICIT,
+        ("class weights", "expand", "type-2"),
+    ),
+    "ignored targets in the normaliser": (
+        replace(
+            CrossEntropy,
+            "normalizer",
+            lambda original, *arguments: _TermwiseLikelihood.normalizer(*arguments),
+        ),
+        NATURAL,
+        ("ignore_index",),
+    ),
+    "ignored targets in the Fisher": (
+        replace(
+            CrossEntropy,
+            "curvature_weights",
+            lambda original, self, output, target, rows: torch.ones_like(rows[:, :1]),
+        ),
+        NATURAL,
+        ("ignore_index",),
+    ),
+    "pos_weight ignored": (
+        replace(
+            Bernoulli,
+            "curvature_weights",
+            lambda original, *arguments: _TermwiseLikelihood.curvature_weights(*arguments).expand(
+                -1, 1
+            ),
+        ),
+        NATURAL,
+        ("pos_weight",),
+    ),
+    "type-2: all positions in one vector": (
+        replace(
+            _TermwiseLikelihood,
+            "vectors",
+            lambda original, self, output, target, examples: original(
+                self, output, target, len(self.rows(output))
+            ),
+        ),
+        EXPLICIT,
+        ("net that mixes positions", "expand", "type-2"),
+    ),
+    "mc: the most likely label instead of a sample": (
+        replace(CrossEntropy, "sample_rows", most_likely_labels),
+        exactness.test_sampled_fisher_is_unbiased,
+        ("classifier",),
+    ),
+    # update
+    "weight decay enters the momentum": (
+        replace(kfac.optimizer, "descend", couple_weight_decay),
+        exactness.test_update_is_that_of_sgd_with_decoupled_weight_decay,
+        ("momentum, weight decay",),
+    ),
+    "KL clip without the square of the learning rate": (
+        replace(
+            kfac.optimizer,
+            "kl_clip_scale",
+            lambda original, d, g, lrs, clip: original(d, g, [lr**0.5 for lr in lrs], clip),
+        ),
+        exactness.test_kl_clip_scales_the_step_before_momentum_and_weight_decay,
+        ("plain",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant, test, arguments = MUTANTS[name]
+    test(*arguments)  # passes as it is
+    plant(monkeypatch)
+    with pytest.raises(AssertionError):
+        test(*arguments)

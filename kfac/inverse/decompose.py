@@ -57,9 +57,11 @@ def _remedies(matrix: Tensor) -> Iterator[Tensor]:
 def inverse_by_cholesky(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Inverses of positive definite matrices ``[n, d, d]``, as a :data:`Routine`."""
     triangles, info = torch.linalg.cholesky_ex(matrices)
-    inverses = torch.cholesky_inverse(triangles)
-    inverses = (inverses + inverses.mT) / 2
-    failed = (info != 0) | ~inverses.flatten(1).sum(1).isfinite()
+    undone = (info != 0).view(-1, 1, 1)
+    eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
+    # A zero on the diagonal makes cholesky_inverse raise for the whole stack.
+    inverses = torch.cholesky_inverse(torch.where(undone, eye, triangles))
+    failed = undone.flatten() | ~inverses.flatten(1).sum(1).isfinite()
     return (inverses,), failed
 
 

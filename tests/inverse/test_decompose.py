@@ -1,0 +1,113 @@
+"""Decompositions survive bad matrices, and say which they could not do."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from kfac import KFAC, Cholesky
+from kfac.inverse import cholesky, decompose
+from kfac.inverse.decompose import Routine, eigenbasis, inverse_by_cholesky, robustly
+
+EYE = torch.eye(3, dtype=torch.float64)
+
+
+def positive_definite(count: int) -> Tensor:
+    factor = torch.randn(count, 3, 5, dtype=torch.float64)
+    return factor @ factor.mT + EYE
+
+
+def test_inverses_and_eigenbases_against_the_dense_ones() -> None:
+    matrices = positive_definite(4)
+    (inverse,), failed = robustly(inverse_by_cholesky, matrices)
+    assert not failed.any()
+    torch.testing.assert_close(inverse, torch.linalg.inv(matrices))
+    (values, vectors), failed = robustly(eigenbasis, matrices)
+    assert not failed.any()
+    torch.testing.assert_close(vectors @ values.diag_embed() @ vectors.mT, matrices)
+
+
+def test_leading_axes_are_kept() -> None:
+    matrices = positive_definite(6).view(2, 3, 3, 3)
+    (values, vectors), failed = robustly(eigenbasis, matrices)
+    assert (values.shape, vectors.shape, failed.shape) == ((2, 3, 3), (2, 3, 3, 3), (2, 3))
+
+
+@pytest.mark.parametrize("routine", [inverse_by_cholesky, eigenbasis])
+def test_a_hopeless_matrix_is_flagged_and_its_neighbours_are_done(routine: Routine) -> None:
+    matrices = positive_definite(3)
+    matrices[1] = float("nan")
+    results, failed = robustly(routine, matrices)
+    assert failed.tolist() == [False, True, False]
+    assert all(result[[0, 2]].isfinite().all() for result in results)
+
+
+def test_a_singular_matrix_is_inverted_with_jitter() -> None:
+    singular = torch.ones(1, 3, 3, dtype=torch.float32)
+    singular[0, 0, 0] -= 1e-7
+    (inverse,), failed = robustly(inverse_by_cholesky, singular)
+    assert not failed.any()
+    assert inverse.isfinite().all()
+
+
+def test_remedies_are_tried_in_order_of_cost() -> None:
+    tried = []
+
+    def stubborn(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        tried.append(matrices.dtype)
+        good = len(tried) == 4
+        return (matrices,), torch.full((len(matrices),), not good)
+
+    _, failed = robustly(stubborn, torch.eye(3).unsqueeze(0))
+    assert tried == [torch.float32, torch.float32, torch.float64, torch.float64]
+    assert not failed.any()
+
+
+def test_a_library_that_raises_for_the_whole_stack_is_asked_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    eigh = torch.linalg.eigh
+
+    def picky(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        if matrices.dim() == 3 or matrices[0, 0] == 7:
+            raise decompose.LinAlgError("cannot")
+        return eigh(matrices)
+
+    monkeypatch.setattr(torch.linalg, "eigh", picky)
+    matrices = positive_definite(2)
+    matrices[1, 0, 0] = 7
+    (values, _), failed = eigenbasis(matrices)
+    assert failed.tolist() == [False, True]
+    assert values[0].isfinite().all()
+
+
+def failing(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+    count = len(matrices)
+    return (torch.full_like(matrices, float("nan")),), torch.ones(count, dtype=torch.bool)
+
+
+def train_step(model: nn.Module, optimizer: KFAC) -> None:
+    optimizer.zero_grad()
+    model(torch.randn(6, 3)).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_failed_refresh_keeps_the_last_good_inverse_and_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = nn.Linear(3, 2)
+    optimizer = KFAC(
+        model, lr=0.1, inverse=Cholesky(max_consecutive_failures=3), factor_update_period=1,
+        inverse_update_period=1,
+    )  # fmt: skip
+    train_step(model, optimizer)
+    good = optimizer.state_dict()["kfac"]["layers"][""]["inverse"]
+    monkeypatch.setattr(cholesky, "inverse_by_cholesky", failing)
+    for count in (1, 2):
+        train_step(model, optimizer)
+        assert optimizer.diagnostics()["failed_refreshes"] == count
+    kept = optimizer.state_dict()["kfac"]["layers"][""]["inverse"]
+    assert all(torch.equal(good[key], kept[key]) for key in good)
+    before = model.weight.detach().clone()
+    with pytest.raises(RuntimeError, match=r"layer ''.*A 4×4, G 2×2.*3 times.*damping 0\.001"):
+        train_step(model, optimizer)
+    assert torch.equal(before, model.weight)

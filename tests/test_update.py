@@ -1,0 +1,95 @@
+"""The update against torch's SGD, the trust region against its formula."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from kfac import KFAC
+from kfac.update import all_finite, descend, kl_clip_scale
+
+YES = torch.tensor(True)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_without_weight_decay_the_update_is_that_of_sgd(
+    momentum: float, nesterov: bool, maximize: bool
+) -> None:
+    if nesterov and not momentum:
+        pytest.skip("torch refuses Nesterov without momentum, and so does KFAC")
+    torch.manual_seed(0)
+    theirs = [nn.Parameter(torch.randn(3, 2, dtype=torch.float64)) for _ in range(2)]
+    mine = [p.detach().clone() for p in theirs]
+    buffers = [torch.zeros_like(p) for p in mine] if momentum else None
+    sgd = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov, maximize=maximize)
+    for _ in range(4):
+        gradients = [torch.randn(3, 2, dtype=torch.float64) for _ in mine]
+        for parameter, gradient in zip(theirs, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        sgd.step()
+        descend(
+            mine, gradients, buffers, lr=0.1, momentum=momentum, nesterov=nesterov,
+            weight_decay=0.0, maximize=maximize, accept=YES,
+        )  # fmt: skip
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other.detach(), rtol=1e-14, atol=1e-14)
+
+
+def test_weight_decay_is_decoupled_and_per_unit_of_learning_rate() -> None:
+    parameter, direction = torch.tensor([2.0]), torch.tensor([1.0])
+    settings = {"momentum": 0.0, "nesterov": False, "maximize": False, "accept": YES}
+    descend([parameter], [direction], None, lr=0.5, weight_decay=0.1, **settings)
+    assert parameter.item() == pytest.approx(2 * (1 - 0.05) - 0.5)
+
+
+def test_a_rejected_step_leaves_parameters_and_momentum_bit_for_bit() -> None:
+    parameters, buffers = [torch.randn(3)], [torch.randn(3)]
+    before = copy.deepcopy((parameters, buffers))
+    descend(
+        parameters, [torch.tensor([math.nan, math.inf, 1.0])], buffers, lr=0.5, momentum=0.9,
+        nesterov=True, weight_decay=0.1, maximize=True, accept=torch.tensor(False),
+    )  # fmt: skip
+    assert torch.equal(parameters[0], before[0][0])
+    assert torch.equal(buffers[0], before[1][0])
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_one_bad_element_is_found(bad: float) -> None:
+    tensors = [torch.zeros(4), torch.zeros(2, 2, dtype=torch.float64)]
+    assert all_finite(tensors)
+    tensors[1][1, 0] = bad
+    assert not all_finite(tensors)
+
+
+def test_large_but_finite_gradients_are_accepted() -> None:
+    assert all_finite([torch.full((1000,), 1e30)])
+
+
+def test_the_trust_region_follows_its_formula_with_a_rate_per_tensor() -> None:
+    directions, gradients = torch.randn(2, 5).abs(), torch.randn(2, 5).abs()
+    inner = [(d * g).sum().item() for d, g in zip(directions, gradients, strict=True)]
+    for kl_clip in (1e-4, 1e4):
+        expected = min(1.0, math.sqrt(kl_clip / (0.1**2 * inner[0] + 0.3**2 * inner[1])))
+        scale = kl_clip_scale(list(directions), list(gradients), [0.1, 0.3], kl_clip)
+        assert scale.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_trust_region_is_open_where_there_is_no_step() -> None:
+    zero = [torch.zeros(3)]
+    assert kl_clip_scale(zero, zero, [0.1], 1e-3).item() == 1.0
+
+
+def test_a_learning_rate_may_be_a_tensor() -> None:
+    def train(lr: float | torch.Tensor) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2)
+        optimizer = KFAC(model, lr=lr, kl_clip=1e-3)
+        model(torch.randn(4, 3)).square().mean().backward()
+        optimizer.step()
+        return model.weight.detach()
+
+    torch.testing.assert_close(train(0.1), train(torch.tensor(0.1)))

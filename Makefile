@@ -7,8 +7,9 @@ INSTALLED := $(VENV)/.installed
 
 .PHONY: demo test lint types docs clean
 
+# Threads that wait asleep: on cores that other work keeps busy, spinning ones cost most of the time.
 demo: $(INSTALLED)
-	$(BIN)/python scripts/demo.py
+	OMP_WAIT_POLICY=passive $(BIN)/python scripts/demo.py
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
@@ -31,4 +32,4 @@ $(INSTALLED): pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

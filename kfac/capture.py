@@ -15,6 +15,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from math import gcd
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class Capture:
             model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         for layer in layers:
-            hook = ModuleHook(layer.module, partial(self._tap, layer))
+            hook = ModuleHook(layer.module, self._tap, layer)
             # First in line: what other hooks make of the output is not the layer's own output.
             handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
         if isinstance(criterion, nn.Module):
@@ -199,8 +200,6 @@ class Capture:
         trains = layer.module.weight is layer.weight and layer.weight.requires_grad
         recorded = torch.is_grad_enabled() and output.requires_grad
         if not (self.active and trains and recorded):
-            return None
-        if torch._C._are_functorch_transforms_active():
             return None
         x = argument(args, kwargs, 0, "input")
         recomputed = torch._C._current_graph_task_id() != -1
@@ -304,7 +303,7 @@ class Capture:
             for _ in range(self.num_samples):
                 yield self.likelihood.sample(output, target, generator) / self.num_samples**0.5
             return
-        examples = sum(record.batch_size or 0 for record in records) or len(output)
+        examples = _examples_in(output, [record.batch_size or 1 for record in records])
         count = self.likelihood.num_vectors(output, examples)
         if count > self.max_vectors:
             raise ValueError(
@@ -367,6 +366,16 @@ class Capture:
         self._generators.clear()
         for device, state in states.items():
             self._generator(torch.device(device)).set_state(state.cpu())
+
+
+def _examples_in(output: Tensor, batch_sizes: Sequence[int]) -> int:
+    """Into how many examples the leading axis of the criterion's input falls.
+
+    Outputs of several forwards may have been concatenated or combined element by element; the
+    greatest common divisor is right for both, and merely costs more vectors for the former.
+    """
+    total = sum(batch_sizes)
+    return total if len(output) == total else gcd(*batch_sizes)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -74,24 +74,33 @@ class ModuleHook:
 
     Args:
         module: The only module that this hook reacts to.
-        callback: Called with what torch passes to the hook after the module.
+        method: Called with ``arguments`` and what torch passes to the hook after the module. The
+            object that the method belongs to is not kept alive: without it the hook is dead.
+        arguments: See there.
     """
 
     def __init__(
-        self, module: nn.Module | None = None, callback: Callable[..., Any] | None = None
+        self,
+        module: nn.Module | None = None,
+        method: Callable[..., Any] | None = None,
+        *arguments: Any,
     ) -> None:
         self.module = module
-        self.callback = callback
+        self.method = None if method is None else weakref.WeakMethod(method)
+        self.arguments = arguments
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
-        """Call back, if this hook is alive and on its own module."""
-        if self.callback is None or module is not self.module:
+        """Call back, if this hook is alive, on its own module and not in a ``torch.func`` one."""
+        method = None if self.method is None else self.method()
+        if method is None or module is not self.module:
             return None
-        return self.callback(*arguments)
+        if torch._C._are_functorch_transforms_active():
+            return None
+        return method(*self.arguments, *arguments)
 
 
 def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) -> None:

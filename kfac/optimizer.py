@@ -43,17 +43,14 @@ _GROUP_KEYS = {"params", "param_names", "damping", "initial_lr", *_GROUP_CONSTRA
 
 
 class KFAC(torch.optim.Optimizer):
-    r"""Kronecker-factored natural gradient as a drop-in optimizer.
+    """Kronecker-factored natural gradient as a drop-in optimizer.
 
-    .. math::
-        A_s \leftarrow \text{average of } a a^\top, \quad
-        G_s \leftarrow \text{average of } b b^\top, \quad
-        \Delta_s = (A_s \otimes G_s + \lambda I)^{-1} g_s, \quad
-        \theta \leftarrow (1 - \eta w)\,\theta - \eta\, m(\nu \Delta)
+        A ← average of a aᵀ,   G ← average of b bᵀ,   Δ = (A ⊗ G + λI)⁻¹ g
+        m ← momentum·m + ν·Δ,   θ ← (1 − lr·weight_decay)·θ − lr·m
 
-    for every layer :math:`s` with inputs :math:`a` and output gradients :math:`b`; :math:`\nu` is
-    the trust region's scale, :math:`m` momentum, :math:`\eta` the learning rate and :math:`w`
-    weight decay. All other parameters are trained by the fallback; :meth:`summary` says which.
+    for every layer with inputs a, output gradients b and the gradient g of the mean loss; λ is the
+    damping and ν the scale of the trust region. All other parameters are trained by the fallback;
+    :meth:`summary` says which.
 
         optimizer = KFAC(model, lr=0.05, criterion=criterion)
         for x, y in loader:
@@ -66,10 +63,10 @@ class KFAC(torch.optim.Optimizer):
         params: Parameters or parameter groups as for any optimizer; all parameters of the model by
             default. Groups may set ``lr``, ``momentum``, ``nesterov``, ``weight_decay``,
             ``maximize`` and ``damping``; a layer takes the damping of its weight's group.
-        lr: Learning rate η >= 0.
+        lr: Learning rate >= 0.
         momentum: In [0, 1).
         nesterov: Nesterov momentum.
-        weight_decay: Decoupled weight decay w >= 0, per unit of learning rate.
+        weight_decay: Decoupled weight decay >= 0, per unit of learning rate.
         maximize: Ascend instead of descend.
         kl_clip: Trust region κ: the step is scaled down so that lr²·Δᵀg stays below κ. None for
             no trust region.

@@ -256,6 +256,8 @@ def _rows(
             yield Row(*row, "untrained", reason=why)
         elif layer is None:
             yield Row(*row, "fallback", reason=reasons.get(name, "added after construction"))
+        elif not layer.weight.requires_grad:
+            yield Row(*row, "fallback", reason="its weight is not trained")
         else:
             shapes = layer.shape.factor_shapes().items()
             factors = ", ".join(f"{k} {'×'.join(map(str, s))}" for k, s in shapes)

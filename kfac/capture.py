@@ -11,6 +11,7 @@ Statistics thus enter only with a backward pass of the user, so ``zero_grad`` ca
 a batch that was given up, wherever in the loop it stands.
 """
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ class Capture:
         num_samples: Vectors per Fisher pass of ``"mc"``.
         max_vectors: Upper limit to the vectors of a Fisher pass of ``"type-2"``.
         seed: Seeds the generator of the sampled labels.
+        rank: Number of this process, whose labels are its own.
 
     Attributes:
         active: Whether layers are tapped: whether the next step updates the factors.
@@ -71,6 +73,7 @@ class Capture:
         num_samples: int,
         max_vectors: int,
         seed: int,
+        rank: int,
     ) -> None:
         self.fisher = fisher
         self.likelihood = likelihood
@@ -79,6 +82,8 @@ class Capture:
         self.num_samples = num_samples
         self.max_vectors = max_vectors
         self.seed = seed
+        self.rank = rank
+        self.step = 0
         self.active = True
         self.terms: Tensor | float = 0.0
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only")
@@ -125,8 +130,10 @@ class Capture:
         """Whether statistics come from Fisher passes rather than from the user's backward."""
         return self.fisher in ("mc", "type-2")
 
-    def end_step(self) -> None:
-        """Forget what belongs to the step that is over."""
+    def end_step(self, step: int) -> None:
+        """Forget what belongs to the step that is over; ``step`` steps are completed now."""
+        self.step = step
+        self._generators.clear()
         self._unclaimed.clear()
         self.discard()
 
@@ -349,23 +356,17 @@ class Capture:
                 "fisher='empirical'."
             )
 
-    # --- generators ----------------------------------------------------------------------------
-
     def _generator(self, device: torch.device) -> torch.Generator:
-        """The generator of the sampled labels on a device, apart from torch's own."""
+        """The generator of this step's labels, apart from torch's own and different on every rank.
+
+        Seeded anew in every step, so that a resumed run draws the same labels on any number of
+        processes without a generator's state in the checkpoint.
+        """
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.seed)
+            key = f"{self.seed}/{self.rank}/{self.step}".encode()
+            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
-
-    def generator_states(self) -> dict[str, Tensor]:
-        """State of each device's generator."""
-        return {str(device): g.get_state() for device, g in self._generators.items()}
-
-    def load_generator_states(self, states: Mapping[str, Tensor]) -> None:
-        """Restore what :meth:`generator_states` returned."""
-        self._generators.clear()
-        for device, state in states.items():
-            self._generator(torch.device(device)).set_state(state.cpu())
 
 
 def _examples_in(output: Tensor, batch_sizes: Sequence[int]) -> int:

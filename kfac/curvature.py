@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac import checkpoint
+from kfac.distributed.communication import Ranks
 from kfac.factors import fill_buckets
 from kfac.inverse import Inverse, merge
 from kfac.layers import Layer
@@ -67,6 +68,20 @@ class Curvature:
         for bucket in self.buckets:
             if any(bucket.rows):
                 bucket.discard()
+
+    def average_over(self, ranks: Ranks, g_scale: Tensor) -> None:
+        """Average the pending statistics over processes, each with equal weight, as gradients are.
+
+        A process in which a layer did not run does not count for that layer.
+
+        Args:
+            ranks: The processes.
+            g_scale: What this process's pending sums of G are multiplied by first.
+        """
+        present = [bucket.normalize(g_scale.to(bucket.device)) for bucket in self.buckets]
+        ranks.sum_([t for bucket in self.buckets for t in bucket.pending.values()] + present)
+        for bucket, count in zip(self.buckets, present, strict=True):
+            bucket.adopt(count)
 
     def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
         """Fold the pending statistics of every layer into its running averages.

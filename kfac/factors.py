@@ -100,6 +100,25 @@ class Bucket:
             tensor.zero_()
         self.rows = [0] * len(self.names)
 
+    def normalize(self, g_scale: Tensor) -> Tensor:
+        """Turn the pending sums into this process's own averages, to be averaged over processes.
+
+        Returns:
+            ``[layers]``: 1 for a layer with statistics, 0 for one without.
+        """
+        rows = torch.tensor(self.rows, dtype=self.dtype).to(self.device, non_blocking=True)
+        if "A" in self.pending:
+            self.pending["A"] /= _like(rows.clamp(min=1), self.pending["A"])
+        if "G" in self.pending:
+            self.pending["G"] *= g_scale.to(self.dtype)
+        return (rows > 0).to(self.dtype)
+
+    def adopt(self, present: Tensor) -> None:
+        """Take pending averages that were summed over processes, and over how many of them."""
+        for tensor in self.pending.values():
+            tensor /= _like(present.clamp(min=1), tensor)
+        self.rows = [int(count > 0) for count in present.tolist()]
+
     def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
         """Fold the pending sums into the running averages and clear them.
 

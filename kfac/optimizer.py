@@ -376,7 +376,7 @@ class KFAC(torch.optim.Optimizer):
         """State of the optimizer, loadable by ``torch.load(weights_only=True)``.
 
         Besides torch's "state" and "param_groups": "kfac" (factors in their own dtype and
-        inverses by layer name, generators, counters) and, if there is one, "fallback".
+        inverses by layer name, seed, counters) and, if there is one, "fallback".
         """
         state_dict = super().state_dict() | {"kfac": self._engine.state_dict()}
         if self._fallback is not None:

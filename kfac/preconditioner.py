@@ -19,6 +19,7 @@ from kfac.arguments import (
 )
 from kfac.capture import Capture, OutputSelector
 from kfac.curvature import Curvature
+from kfac.distributed.communication import Ranks
 from kfac.fisher import (
     FisherType,
     Likelihood,
@@ -164,6 +165,7 @@ class Preconditioner:
             self.likelihood.reduction if self.likelihood else loss_reduction or "mean"
         )
         self.model = model
+        self.ranks = Ranks.of(model)
         self.params = [
             p for p in (model.parameters() if params is None else params) if p.requires_grad
         ]
@@ -196,6 +198,7 @@ class Preconditioner:
             num_samples=num_samples,
             max_vectors=max_vectors,
             seed=seed,
+            rank=self.ranks.rank,
         )
 
     # --- one step, in the order in which it happens --------------------------------------------
@@ -242,7 +245,7 @@ class Preconditioner:
         gradients = {p: p.grad for p in self.params if p.grad is not None}
         divisor = gradient_scale
         if self.loss_reduction == "sum" and gradients:
-            divisor = divisor * self._loss_terms()
+            divisor = divisor * self._mean_loss_terms()
         if not isinstance(divisor, Tensor) and divisor == 1.0:
             return gradients
         return {p: g / torch.as_tensor(divisor).to(g) for p, g in gradients.items()}
@@ -262,6 +265,9 @@ class Preconditioner:
         self.capture.statistics.flush()
         if self.curvature.has_pending:
             g_scale = self._g_scale(gradient_scale)
+            if self.ranks.size > 1:
+                self.curvature.average_over(self.ranks, g_scale)
+                g_scale = torch.ones_like(g_scale)
             self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept)
         else:
             self._explain_missing_statistics()
@@ -273,6 +279,14 @@ class Preconditioner:
         if self.fisher == "empirical":
             return empirical_scale(self._loss_terms(), self.loss_reduction, gradient_scale)
         return self._loss_terms().reciprocal()
+
+    def _mean_loss_terms(self) -> Tensor:
+        """Loss terms per process, which averaged gradients of a summed loss are divided by."""
+        terms = self._loss_terms().clone()
+        if self.ranks.size > 1:
+            terms = terms.to(self.params[0].device)
+            self.ranks.sum_([terms])
+        return terms / self.ranks.size
 
     def _loss_terms(self) -> Tensor:
         terms = self.capture.terms
@@ -316,7 +330,7 @@ class Preconditioner:
     def advance(self, plan: StepPlan) -> None:
         """Count a completed step."""
         self.steps += 1
-        self.capture.end_step()
+        self.capture.end_step(self.steps)
         self.curvature.discard()
         self.capture.active = plan.capture_next
 
@@ -382,7 +396,7 @@ class Preconditioner:
             "steps": self.steps,
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
-            "generators": self.capture.generator_states(),
+            "seed": self.capture.seed,
             **self.curvature.state_dict(),
         }
 
@@ -400,9 +414,9 @@ class Preconditioner:
         """
         self.check_loadable(state_dict)
         self.curvature.load_state_dict(state_dict)
-        self.capture.discard()
-        self.capture.load_generator_states(state_dict["generators"])
+        self.capture.seed = state_dict["seed"]
         self.steps = state_dict["steps"]
+        self.capture.end_step(self.steps)
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
         self.capture.active = self._factors_due(self.steps)

@@ -22,7 +22,8 @@ ALLOWED = {
     "statistics": {"layers"},
     "param_groups": {"layers"},
     "capture": {"fisher", "graph", "hooks", "layers", "statistics"},
-    "curvature": {"checkpoint", "factors", "inverse", "layers"},
+    "distributed": NOTHING,
+    "curvature": {"checkpoint", "distributed", "factors", "inverse", "layers"},
 }
 SEES_EVERYTHING = {"optimizer", "preconditioner", "__init__"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

@@ -238,9 +238,10 @@ def test_calling_only_a_part_of_the_model_is_an_error_with_the_remedy() -> None:
 
 def test_too_many_exact_vectors_are_refused_with_the_number() -> None:
     model, criterion = net(), nn.CrossEntropyLoss()
-    KFAC(model, lr=0.1, criterion=criterion, fisher="type-2", max_vectors=1)
+    optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher="type-2", max_vectors=1)
     with pytest.raises(ValueError, match=r"max_vectors=\.\.\.\) must be >= 2.*fisher='mc'"):
         criterion(model(X), Y).backward()
+    assert optimizer.diagnostics()["steps"] == 0
 
 
 @pytest.mark.parametrize("width", [3, 4])

@@ -1,0 +1,100 @@
+"""Under DistributedDataParallel every process takes the step of the whole batch."""
+
+import copy
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kfac import KFAC
+
+RANKS = 2
+CASES: dict[str, dict[str, Any]] = {
+    "empirical": {"fisher": "empirical"},
+    "type-2": {"fisher": "type-2"},
+    "forward-only": {"fisher": "forward-only"},
+    "type-2, reduce, eigen": {"fisher": "type-2", "weight_sharing": "reduce", "inverse": "eigen"},
+    "type-2, sum": {"fisher": "type-2", "reduction": "sum"},
+    "empirical, sum": {"fisher": "empirical", "reduction": "sum"},
+}
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 3))
+    return model.double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 1, 3, 3, generator=generator, dtype=torch.float64)
+    return x, torch.randint(0, 3, (8,), generator=generator)
+
+
+def train(model: nn.Module, settings: dict[str, Any], rank: int, size: int) -> KFAC:
+    settings = dict(settings)
+    criterion = nn.CrossEntropyLoss(reduction=settings.pop("reduction", "mean"))
+    optimizer = KFAC(
+        model, lr=0.1, criterion=criterion, factor_update_period=2, inverse_update_period=2,
+        **settings,
+    )  # fmt: skip
+    for step in range(4):
+        x, y = (part.chunk(size)[rank] for part in batch(step))
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+    return optimizer
+
+
+def process(rank: int, port: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
+    found = {}
+    for name, settings in {**CASES, "mc": {"fisher": "mc"}}.items():
+        model = DistributedDataParallel(net())
+        optimizer = train(model, settings, rank, RANKS)
+        state = {k: v.clone() for k, v in model.module.state_dict().items()}
+        found[name] = state, optimizer.factor("3")
+    torch.save(found, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(process, args=(port, folder), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_step_like_one_with_the_whole_batch(
+    name: str, results: list[dict[str, Any]]
+) -> None:
+    model = net()
+    train(model, CASES[name], 0, 1)
+    for state, _ in (result[name] for result in results):
+        for key, expected in model.state_dict().items():
+            torch.testing.assert_close(state[key], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_processes_stay_equal_though_each_samples_labels_of_its_own(
+    results: list[dict[str, Any]],
+) -> None:
+    (first, factors), (second, others) = (result["mc"] for result in results)
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert all(map(torch.equal, factors, others))
+
+
+def test_names_are_those_of_the_plain_model(results: list[dict[str, Any]]) -> None:
+    plain = copy.deepcopy(results[0]["mc"][0])
+    assert plain.keys() == net().state_dict().keys()

@@ -47,7 +47,6 @@ class Ranks:
         for members in batches.values():
             packed = torch.cat([t.flatten() for t in members])
             dist.all_reduce(packed, group=self.group)
-            for tensor, part in zip(
-                members, packed.split([t.numel() for t in members]), strict=True
-            ):
+            parts = torch.split(packed, [t.numel() for t in members])
+            for tensor, part in zip(members, parts, strict=True):
                 tensor.copy_(part.view_as(tensor))

@@ -18,6 +18,7 @@ from experiment.processes import Processes
 from experiment.random_states import random_states, restore_random_states, seed_everything
 from experiment.schedules import build_scheduler
 from experiment.settings import differing_keys
+from kfac import KFAC
 
 
 class Run:
@@ -35,9 +36,6 @@ class Run:
     ) -> None:
         self.settings, self.processes = settings, processes
         self.directory, self.name = directory, name
-        if processes.count > 1 and settings.optimizer.name == "kfac":
-            # Each process would precondition with factors of its own share of the batch.
-            raise RunError("K-FAC does not average factors over processes yet; start only one.")
         torch.backends.cudnn.deterministic = True
         seed_everything(settings.seed)
         with processes.main_first():
@@ -66,11 +64,15 @@ class Run:
     def describe(self) -> str:
         settings, dataset, processes = self.settings, self.dataset, self.processes
         parameters = sum(parameter.numel() for parameter in self.plain_model.parameters())
+        share = ""
+        if isinstance(self.optimizer, KFAC):
+            share = f" on {self.optimizer.summary().fraction('kfac'):.1%} of the parameters"
         return (
             f"{settings.model.name} ({parameters:,} parameters) on {settings.data.name} "
             f"({len(dataset.train):,} training and {len(dataset.test):,} test images)\n"
-            f"{settings.optimizer.name}, {settings.epochs} x {self.batches.per_epoch} steps, "
-            f"seed {settings.seed}, {processes.count} x {processes.device}, "
+            f"{settings.optimizer.name}{share}, "
+            f"{settings.epochs} x {self.batches.per_epoch} steps, seed {settings.seed}, "
+            f"{processes.count} x {processes.device}, "
             f"{settings.precision}\n"
             f"from step {self.step} of {self.total_steps}, in {self.directory}"
         )

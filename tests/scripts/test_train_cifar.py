@@ -128,9 +128,19 @@ def test_a_run_stops_at_the_accuracy_it_is_asked_for(config: Path, tmp_path: Pat
     assert len(metrics(tmp_path / "run")) < 4
 
 
-def test_two_processes_take_the_steps_of_one(config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        '{name="sgd", lr=0.1}',
+        # Without sampled labels, which are different in every process.
+        '{name="kfac", lr=0.01, fisher="empirical", max_factor_dim=600, factor_update_period=1}',
+    ],
+    ids=["sgd", "kfac"],
+)
+def test_two_processes_take_the_steps_of_one(config: Path, tmp_path: Path, optimizer: str) -> None:
     # VGG-11 has no batch statistics, which differ between a batch and its halves.
     arguments = ["model.name=vgg11", "epochs=1", "checkpoints_per_epoch=0"]
+    arguments.append(f"optimizer={optimizer}")
     assert run(config, tmp_path / "one", *arguments) == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [train_cifar.__file__, str(config), "--output-dir", str(tmp_path / "two")]

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kfac.arguments import POSITIVE_INTEGER, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
-from kfac.graph import count_uses, mark, marks_behind
+from kfac.graph import count_uses, mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
 from kfac.statistics import ForwardRecord, Sink, Statistics
@@ -86,6 +87,7 @@ class Capture:
         self.step = 0
         self.active = True
         self.terms: Tensor | float = 0.0
+        self._count = 0  # changes whenever ``terms`` starts anew
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only")
         self._generators: dict[torch.device, torch.Generator] = {}
         self._probes: dict[torch.device, Tensor] = {}
@@ -99,6 +101,7 @@ class Capture:
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
         self._model = model
+        self._layers = layers
         self._handles = self._register(model, layers, criterion)
 
     def _register(
@@ -123,7 +126,11 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.active = False
+        self.schedule(active=False)
+
+    def schedule(self, *, active: bool) -> None:
+        """Say whether the next step updates the factors; never once the hooks are removed."""
+        self.active = active and bool(self._handles)
 
     @property
     def needs_pass(self) -> bool:
@@ -140,6 +147,7 @@ class Capture:
     def discard(self) -> None:
         """Forget everything that has been counted since the last step."""
         self.terms = 0.0
+        self._count += 1
         self.statistics.discard()
 
     # --- forward -------------------------------------------------------------------------------
@@ -151,7 +159,9 @@ class Capture:
         self.statistics.flush()
         batch_size = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         terms = self.loss_terms if self.loss_terms is not None else batch_size
-        terms = terms(*args, **kwargs) if callable(terms) else terms
+        if callable(terms):
+            terms = terms(*args, **kwargs)
+            check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
         self._record = ForwardRecord(batch_size, terms)
         self._in_forward = True
 
@@ -233,8 +243,12 @@ class Capture:
             return None  # the loss of another model
         self._criterion_called = True
         self._unclaimed.clear()
-        on_reached = partial(self._reach_output, records)
-        claimed = OutputTap.apply(output, argument(args, kwargs, 1, "target"), on_reached)
+        claims = mark_of(output, f"{self._key} claims")
+        if claims is None:
+            claims = Claims(records)
+            mark(output, f"{self._key} claims", claims)
+            on_backward(output, self._settle, claims)
+        claimed = OutputTap.apply(output, argument(args, kwargs, 1, "target"), claims.reach)
         return ((claimed, *args[1:]), kwargs) if args else ((), kwargs | {"input": claimed})
 
     def _records_behind(self, output: Tensor) -> list[ForwardRecord]:
@@ -245,26 +259,50 @@ class Capture:
 
     # --- backward ------------------------------------------------------------------------------
 
+    def _is_training_pass(self) -> bool:
+        """Whether the backward pass that is under way is the user's and trains the model."""
+        if Capture._running:
+            return False
+        weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
+        return not weights or any(map(receives_gradient, weights))
+
     def _count_terms(self, record: ForwardRecord) -> None:
         """The user's backward pass has begun: count a batch's loss terms, once."""
-        create_graph = torch.is_grad_enabled()
-        if record.counted or record.loss_terms is None or create_graph or Capture._running:
+        if record.counted == self._count or record.loss_terms is None:
             return
-        record.counted = True
-        self.terms = self.terms + record.loss_terms
+        if self._is_training_pass() and not torch.is_grad_enabled():
+            record.counted = self._count
+            self.terms = self.terms + record.loss_terms
 
     def _reach_unclaimed(self, record: ForwardRecord, output: Tensor) -> None:
-        """As :meth:`_reach_output`, where the user does not call the criterion object.
+        """As :meth:`_settle`, where the user does not call the criterion object.
 
         Args:
             record: The call of the model.
             output: Its output, detached.
         """
-        if self._criterion_called or record.counted or Capture._running:
+        if self._criterion_called or record.counted == self._count:
             return
-        record.counted = True  # our own pass fires this hook again
+        if not self._is_training_pass():
+            return
         self._warn_of_unseen_targets(output)
-        self._reach_output([record], self._unclaimed.pop(record, output), None)
+        if self.active and self.needs_pass:
+            if record not in self._unclaimed:
+                raise RuntimeError(
+                    "The model was called several times in evaluation mode before the backward "
+                    "pass, and of its outputs only the last was kept. Compute the loss as "
+                    "criterion(output, target) with the criterion that K-FAC was given."
+                )
+            output = self._unclaimed.pop(record)
+        record.counted = self._count  # our own pass fires this hook again
+        self._reach_output([record], output, None, 1)
+
+    def _settle(self, claims: "Claims") -> None:
+        """All calls of the criterion on one output have been reached: count, run our pass."""
+        reached, claims.reached = claims.reached, []  # our own pass fires this hook again
+        if reached and self._is_training_pass():
+            for output, target in reached:
+                self._reach_output(claims.records, output, target, len(reached))
 
     def _warn_of_unseen_targets(self, output: Tensor) -> None:
         likelihood = self.likelihood
@@ -279,14 +317,50 @@ class Capture:
             )
 
     def _reach_output(
-        self, records: Sequence[ForwardRecord], output: Tensor, target: Tensor | None
+        self,
+        records: Sequence[ForwardRecord],
+        output: Tensor,
+        target: Tensor | None,
+        calls: int,
     ) -> None:
-        """The user's backward pass has reached the model's output: count terms, run ours."""
+        """The user's backward pass has reached the model's output: count terms, run ours.
+
+        Args:
+            records: The calls of the model that the output comes from.
+            output: What the criterion was called with.
+            target: The criterion's target, if it was called.
+            calls: How many calls of the criterion on this very output the loss combines.
+        """
         assert self.likelihood is not None
         with torch.no_grad():
-            self.terms = self.terms + self.likelihood.normalizer(output.detach(), target)
-            if self.active and self.needs_pass and output.requires_grad:
-                self._run_pass(output, self._vectors(records, output.detach(), target))
+            normalizer = self.likelihood.normalizer(output.detach(), target)
+            counted = self._count_once(records, normalizer)
+            if not (self.active and self.needs_pass):
+                return
+            vectors = self._vectors(records, output.detach(), target)
+            if calls > 1 or counted is not normalizer:
+                share = torch.full_like(normalizer, 1 / calls)
+                if self.likelihood.reduction == "mean":
+                    share = share * counted / normalizer
+                vectors = (vector * share.sqrt().to(vector) for vector in vectors)
+            self._run_pass(output, vectors)
+
+    def _count_once(self, records: Sequence[ForwardRecord], normalizer: Tensor) -> Tensor:
+        """Count the terms of a loss, unless another loss on the same forward has been counted.
+
+        The losses of several heads add up, and so do their curvatures; the number of examples
+        that they are means over does not.
+
+        Returns:
+            What was counted for that forward.
+        """
+        for record in records:
+            if record.counted == self._count and record.normalizer is not None:
+                return record.normalizer
+        for record in records:
+            record.counted, record.normalizer = self._count, normalizer
+        self.terms = self.terms + normalizer
+        return normalizer
 
     def _run_pass(self, output: Tensor, vectors: Iterator[Tensor]) -> None:
         previous, Capture._running = Capture._running, self
@@ -340,8 +414,8 @@ class Capture:
         if self.needs_pass and self._pass is None:
             self._refuse_reentrant(layer, recomputed)
             return last
-        if self._pass is None and torch.is_grad_enabled():
-            return last  # create_graph: a derivative inside the loss, not the gradient of the loss
+        if self._pass is None and (torch.is_grad_enabled() or not receives_gradient(layer.weight)):
+            return last  # a derivative inside the loss, or by an input
         is_counted = self._pass is not None and last is self._pass
         self.statistics.take(layer, record, None if is_counted else x, gradient)
         return self._pass
@@ -367,6 +441,18 @@ class Capture:
             seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
             self._generators[device] = torch.Generator(device).manual_seed(seed)
         return self._generators[device]
+
+
+class Claims:
+    """Calls of the criterion on one tensor, and which of them a backward pass has reached."""
+
+    def __init__(self, records: Sequence[ForwardRecord]) -> None:
+        self.records = records
+        self.reached: list[tuple[Tensor, Tensor | None]] = []
+
+    def reach(self, output: Tensor, target: Tensor | None) -> None:
+        """A backward pass has come to one of the calls."""
+        self.reached.append((output, target))
 
 
 def _examples_in(output: Tensor, batch_sizes: Sequence[int]) -> int:

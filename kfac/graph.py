@@ -4,8 +4,26 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
+
+
+def receives_gradient(parameter: nn.Parameter) -> bool:
+    """Whether the backward pass that is under way computes a parameter's gradient.
+
+    ``torch.autograd.grad(loss, input)`` does not, and so says nothing about the loss's curvature.
+    """
+    node = get_gradient_edge(parameter).node
+    try:
+        return bool(torch._C._will_engine_execute_node(node))
+    except RuntimeError:
+        return True  # the parameter is itself among the inputs of torch.autograd.grad
+
+
+def mark_of(tensor: Tensor, key: str) -> Any:
+    """The value attached to the node that made a tensor, None without one."""
+    return None if tensor.grad_fn is None else _metadata(tensor.grad_fn).get(key)
 
 
 def mark(tensor: Tensor, key: str, value: object) -> None:

@@ -119,8 +119,6 @@ def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) ->
     tensor.register_hook(hook)  # type: ignore[no-untyped-call]
 
 
-def argument(
-    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str, default: Any = None
-) -> Any:
+def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
     """An argument of a call by position or, failing that, by name."""
-    return args[position] if len(args) > position else kwargs.get(name, default)
+    return args[position] if len(args) > position else kwargs.get(name)

@@ -20,13 +20,15 @@ class ForwardRecord:
     Attributes:
         batch_size: Size of the first axis of the model's first tensor argument.
         loss_terms: Number of terms in its loss, where there is no criterion to tell.
-        counted: Whether ``loss_terms`` has been counted.
+        counted: In which count its loss terms were included, -1 for none.
+        normalizer: What was counted for it, where there is a criterion.
         sums: Of each layer under ``"reduce"``, what has been summed over positions so far.
     """
 
     batch_size: int | None
     loss_terms: int | None
-    counted: bool = False
+    counted: int = -1
+    normalizer: Tensor | None = None
     sums: dict[str, "PositionSums"] = field(default_factory=dict)
 
 

@@ -1,6 +1,6 @@
 """Curvature state to and from plain containers that ``torch.load(weights_only=True)`` accepts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,14 +27,23 @@ def layers_to_dict(
     }
 
 
-def check_version(saved: Any) -> None:
-    """Raise ``ValueError`` unless ``saved`` is K-FAC state of this format."""
+def checked_version(saved: Any) -> Mapping[str, Any]:
+    """Return ``saved`` if it is K-FAC state of this format, else raise ``ValueError``."""
     found = saved.get("version") if isinstance(saved, Mapping) else None
     if found != VERSION:
         raise ValueError(
             f"The state dict must hold K-FAC state of format version {VERSION}, but has {found!r}. "
             "It was saved by another optimizer or another release."
         )
+    assert isinstance(saved, Mapping)
+    return saved
+
+
+def check_complete(saved: Mapping[str, Any], keys: Iterable[str]) -> None:
+    """Raise ``ValueError`` unless ``saved`` has every one of ``keys``."""
+    missing = ", ".join(sorted(set(keys) - saved.keys()))
+    if missing:
+        raise ValueError(f"The state dict lacks {missing}. It is truncated, or not one of K-FAC.")
 
 
 def check_setting(saved: Mapping[str, Any], key: str, mine: str) -> None:
@@ -61,6 +70,7 @@ def check_layers(
             raise ValueError(f"The state dict {problem} {', '.join(sorted(names))}.")
     for bucket, state in zip(buckets, states, strict=True):
         for name in bucket.names:
+            check_complete(layers[name], ("factors", "weight", "inverse", "ready"))
             _check_shapes(name, "factors", layers[name]["factors"], bucket.factors)
             _check_shapes(name, "inverse", layers[name]["inverse"], state)
 

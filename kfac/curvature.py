@@ -61,45 +61,44 @@ class Curvature:
     @property
     def has_pending(self) -> bool:
         """Whether any statistics wait to be folded in."""
-        return any(rows for bucket in self.buckets for rows in bucket.rows)
+        return not all(bucket.is_empty for bucket in self.buckets)
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether there are no statistics yet, or some layer's have all been unusable."""
+        return not any(self._seen.values()) or any(
+            seen and not self.ready[name] for name, seen in self._seen.items()
+        )
 
     def discard(self) -> None:
         """Forget the pending statistics."""
         for bucket in self.buckets:
-            if any(bucket.rows):
-                bucket.discard()
+            bucket.discard()
 
-    def average_over(self, ranks: Ranks, g_scale: Tensor) -> None:
-        """Average the pending statistics over processes, each with equal weight, as gradients are.
-
-        A process in which a layer did not run does not count for that layer.
-
-        Args:
-            ranks: The processes.
-            g_scale: What this process's pending sums of G are multiplied by first.
-        """
-        present = [bucket.normalize(g_scale.to(bucket.device)) for bucket in self.buckets]
-        ranks.sum_([t for bucket in self.buckets for t in bucket.pending.values()] + present)
-        for bucket, count in zip(self.buckets, present, strict=True):
-            bucket.adopt(count)
-
-    def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
+    def fold(self, decay: float, g_scale: Tensor, accept: Tensor, ranks: Ranks) -> Tensor:
         """Fold the pending statistics of every layer into its running averages.
+
+        Over several processes they are averaged first, each with equal weight, as gradients are;
+        a process in which a layer did not run does not count for that layer.
 
         Args:
             decay: β in [0, 1).
-            g_scale: What the pending sums of G are multiplied by.
+            g_scale: What this process's pending sums of G are multiplied by.
             accept: Boolean scalar tensor; False drops the batch.
+            ranks: The processes.
 
         Returns:
             Number of layers whose statistics were dropped, a scalar tensor.
         """
+        present = [bucket.normalize(g_scale) for bucket in self.buckets]
+        ranks.sum_([t for bucket in self.buckets for t in bucket.pending.values()] + present)
         dropped = torch.zeros((), dtype=torch.int64, device=accept.device)
-        for bucket in self.buckets:
-            for name, rows in zip(bucket.names, bucket.rows, strict=True):
-                self._seen[name] |= rows > 0
-            bad = bucket.fold(decay, g_scale.to(bucket.device), accept.to(bucket.device))
-            dropped += bad.sum().to(dropped)
+        for bucket, counts in zip(self.buckets, present, strict=True):
+            # Of several processes, only a message tells which layers have run in another one.
+            ran = bucket.rows if ranks.size == 1 else counts.tolist()
+            for name, count in zip(bucket.names, ran, strict=True):
+                self._seen[name] |= count > 0
+            dropped += bucket.fold(counts, decay, accept).sum().to(dropped)
         self.counters["factor_updates"] += 1
         self._made_from = [None] * len(self.buckets)
         return dropped
@@ -107,51 +106,72 @@ class Curvature:
     # --- inverses ------------------------------------------------------------------------------
 
     def refresh(self, damping: Mapping[str, float], *, due: bool) -> None:
-        """Recompute inverses: all that have changed if ``due``, else of layers that never had one.
+        """Recompute inverses: all that have changed if ``due``, else of layers that have none.
 
         Args:
             damping: λ by layer name.
             due: Whether the period says so.
 
         Raises:
-            RuntimeError: If a layer's factors could not be decomposed too many times in a row.
+            RuntimeError: If a layer's factors could not be decomposed too many times in a row. The
+                factors have taken in this step's statistics by then.
         """
+        exhausted = []
         for index, bucket in enumerate(self.buckets):
-            late = any(self._seen[name] and not self.ready[name] for name in bucket.names)
             amounts = tuple(damping[name] for name in bucket.names)
-            source = (None,) if self.inverse.damping_is_live else amounts
-            if (due or late) and self._made_from[index] != source:
-                self._refresh_bucket(index, amounts)
+            source = () if self.inverse.damping_is_live else amounts
+            late = [self._seen[name] and not self.ready[name] for name in bucket.names]
+            if due and self._made_from[index] != source:
+                exhausted += self._refresh_bucket(index, amounts, [True] * len(late))
                 self._made_from[index] = source
+            elif any(late):
+                exhausted += self._refresh_bucket(index, amounts, late)
+        if exhausted:
+            raise self._failure(exhausted[0], damping[exhausted[0]])
 
-    def _refresh_bucket(self, index: int, damping: Sequence[float]) -> None:
+    def _refresh_bucket(
+        self, index: int, damping: Sequence[float], wanted: Sequence[bool]
+    ) -> list[str]:
+        """Invert a bucket's factors, and return the layers that have failed too often.
+
+        Args:
+            index: Number of the bucket.
+            damping: λ of each of its layers.
+            wanted: Which of its layers get a new inverse.
+        """
         bucket = self.buckets[index]
-        state = self.states[index] = {
-            key: tensor.to(bucket.device) for key, tensor in self.states[index].items()
-        }
+        self._move(index, bucket.device)
         new, failed = self.inverse.refresh(bucket.factors, self._vector(damping, index))
         empty = bucket.weight == 0
-        merge(state, new, failed | empty)
+        kept = ~torch.tensor(wanted, device=bucket.device)
+        merge(self.states[index], new, failed | empty | kept)
         self.counters["inverse_refreshes"] += 1
-        flags = zip(bucket.names, damping, failed.tolist(), empty.tolist(), strict=True)
-        for name, amount, has_failed, is_empty in flags:
-            if is_empty:
+        exhausted = []
+        flags = zip(bucket.names, wanted, failed.tolist(), empty.tolist(), strict=True)
+        for name, is_wanted, has_failed, is_empty in flags:
+            if not is_wanted or is_empty:
                 continue
             self.ready[name] |= not has_failed
             self._failures[name] = self._failures[name] + 1 if has_failed else 0
-            if has_failed:
-                self._note_failure(name, amount)
+            self.counters["failed_refreshes"] += has_failed
+            if self._failures[name] >= self.inverse.max_consecutive_failures:
+                exhausted.append(name)
+        return exhausted
 
-    def _note_failure(self, name: str, damping: float) -> None:
-        self.counters["failed_refreshes"] += 1
-        if self._failures[name] >= self.inverse.max_consecutive_failures:
-            shape = self.layers[name].shape
-            raise RuntimeError(
-                f"The factors of the layer {name!r} (A {shape.d_in}×{shape.d_in}, "
-                f"G {shape.d_out}×{shape.d_out}) could not be decomposed {self._failures[name]} "
-                f"times in a row with damping {damping:g}. Raise damping, leave the layer out "
-                "with skip=, or train it in float32."
-            )
+    def _failure(self, name: str, damping: float) -> RuntimeError:
+        shape = self.layers[name].shape
+        return RuntimeError(
+            f"The factors of the layer {name!r} (A {shape.d_in}×{shape.d_in}, "
+            f"G {shape.d_out}×{shape.d_out}) could not be decomposed {self._failures[name]} "
+            f"times in a row with damping {damping:g}. Raise damping, leave the layer out "
+            "with skip=, or train it in float32."
+        )
+
+    def _move(self, index: int, device: torch.device) -> None:
+        """Follow a model that has been moved."""
+        self.buckets[index].to(device)
+        for key, tensor in self.states[index].items():
+            self.states[index][key] = tensor.to(device)
 
     def _vector(self, values: Sequence[float], index: int) -> Tensor:
         bucket = self.buckets[index]
@@ -172,6 +192,7 @@ class Curvature:
             if not members:
                 continue
             layers = [self.layers[bucket.names[i]] for i in members]
+            self._move(index, gradients[layers[0].weight].device)
             state = self.states[index]
             if len(members) < len(bucket.names):
                 state = {key: tensor[members] for key, tensor in state.items()}

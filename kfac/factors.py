@@ -48,6 +48,7 @@ class Bucket:
         pending: Sums of the statistics since the last step, like ``factors``.
         weight: Total weight of each layer's running average ``[layers]``; 0 before the first.
         rows: Number of input rows in each layer's pending sum of A.
+        is_empty: Whether nothing is pending.
     """
 
     names: list[str]
@@ -58,6 +59,7 @@ class Bucket:
     pending: dict[str, Tensor] = field(init=False)
     weight: Tensor = field(init=False)
     rows: list[int] = field(init=False)
+    is_empty: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
         self.factors = self._zeros()
@@ -73,7 +75,9 @@ class Bucket:
         }
 
     def to(self, device: torch.device) -> None:
-        """Move everything to ``device`` (the model has been moved after construction)."""
+        """Move everything to ``device`` (where the model has been moved after construction)."""
+        if device == self.device:
+            return
         self.device = device
         self.weight = self.weight.to(device)
         for tensors in (self.factors, self.pending):
@@ -89,19 +93,24 @@ class Bucket:
             moment: Sum of outer products, of the shape of one layer's factor.
             rows: Number of input rows that the sum is over (for "A").
         """
-        if moment.device != self.device:
-            self.to(moment.device)
+        self.to(moment.device)
         self.pending[name][index] += moment
         self.rows[index] += rows
+        self.is_empty = False
 
     def discard(self) -> None:
-        """Forget the pending sums."""
-        for tensor in self.pending.values():
-            tensor.zero_()
-        self.rows = [0] * len(self.names)
+        """Forget what is pending."""
+        if not self.is_empty:
+            for tensor in self.pending.values():
+                tensor.zero_()
+            self.rows = [0] * len(self.names)
+            self.is_empty = True
 
     def normalize(self, g_scale: Tensor) -> Tensor:
-        """Turn the pending sums into this process's own averages, to be averaged over processes.
+        """Turn the pending sums into averages: A by its number of rows, G by a given factor.
+
+        Args:
+            g_scale: What the pending sum of G is multiplied by, a scalar tensor.
 
         Returns:
             ``[layers]``: 1 for a layer with statistics, 0 for one without.
@@ -110,43 +119,31 @@ class Bucket:
         if "A" in self.pending:
             self.pending["A"] /= _like(rows.clamp(min=1), self.pending["A"])
         if "G" in self.pending:
-            self.pending["G"] *= g_scale.to(self.dtype)
-        return (rows > 0).to(self.dtype)
+            self.pending["G"] *= g_scale.to(self.pending["G"])
+        return rows.clamp(max=1)
 
-    def adopt(self, present: Tensor) -> None:
-        """Take pending averages that were summed over processes, and over how many of them."""
-        for tensor in self.pending.values():
-            tensor /= _like(present.clamp(min=1), tensor)
-        self.rows = [int(count > 0) for count in present.tolist()]
-
-    def fold(self, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
-        """Fold the pending sums into the running averages and clear them.
+    def fold(self, present: Tensor, decay: float, accept: Tensor) -> Tensor:
+        """Fold pending averages into the running ones and forget them.
 
         A layer without statistics in this batch keeps its average. So does one with a statistic
         that is not finite: a NaN or inf anywhere in a batch reaches the trace.
 
         Args:
+            present: Of how many processes each layer's pending averages are the sum ``[layers]``.
             decay: β in [0, 1).
-            g_scale: What the pending sum of G is multiplied by, a scalar tensor.
             accept: Boolean scalar tensor; False drops this batch for every layer.
 
         Returns:
-            Boolean ``[layers]``: whose statistics were dropped for not being finite.
+            Boolean ``[layers]``: whose statistics were dropped.
         """
-        rows = torch.tensor(self.rows, dtype=self.dtype).to(self.device, non_blocking=True)
-        new = dict(self.pending)
-        if "A" in new:
-            new["A"] = new["A"] / _like(rows.clamp(min=1), new["A"])
-        if "G" in new:
-            new["G"] = new["G"] * g_scale.to(self.dtype)
-        seen = rows > 0
-        finite = torch.stack([_diagonal(f).flatten(1).sum(1) for f in new.values()]).sum(0)
-        usable = seen & finite.isfinite() & accept
+        traces = [_diagonal(f).flatten(1).sum(1) for f in self.pending.values()]
+        seen = present > 0
+        usable = seen & torch.stack(traces).sum(0).isfinite() & accept.to(self.device)
         total = decay * self.weight + 1
-        for name, value in new.items():
+        for name, pending in self.pending.items():
             average = self.factors[name]
-            value = torch.where(_like(usable, value), value, average)
-            average.lerp_(value, _like(1 / total, value))
+            new = pending / _like(present.clamp(min=1), pending)
+            average.lerp_(torch.where(_like(usable, new), new, average), _like(1 / total, new))
         self.weight = torch.where(usable, total, self.weight)
         self.discard()
         return seen & ~usable

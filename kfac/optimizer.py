@@ -19,7 +19,7 @@ from kfac.arguments import (
     check,
 )
 from kfac.capture import OutputSelector
-from kfac.fallback import Fallback, FallbackName, OptimizerFactory
+from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.inverse import Inverse, InverseName
 from kfac.param_groups import SharingRule, Skip, Summary
@@ -28,8 +28,8 @@ from kfac.schedules import Scheduled
 from kfac.update import all_finite, descend, kl_clip_scale
 
 _LR = Constraint(
-    "a finite number >= 0 or a tensor with one element",
-    lambda v: v.numel() == 1 if isinstance(v, Tensor) else NON_NEGATIVE.accepts(v),
+    "a finite number >= 0 or a tensor with one such element",
+    lambda v: NON_NEGATIVE.accepts(v.item() if isinstance(v, Tensor) and v.numel() == 1 else v),
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
 _GROUP_CONSTRAINTS = {
@@ -132,7 +132,7 @@ class KFAC(torch.optim.Optimizer):
         }
         self._constructed = False
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._damping_schedules = self._take_schedules()
+        self._damping_schedules = self._take_schedules(damping)
         self._engine = Preconditioner(
             model,
             [p for group in self.param_groups for p in group["params"]],
@@ -182,18 +182,19 @@ class KFAC(torch.optim.Optimizer):
         settings = self.defaults | param_group
         for key, constraint in _GROUP_CONSTRAINTS.items():
             check("KFAC", key, settings[key], constraint)
+            param_group[key] = _plain(settings[key])
         if settings["nesterov"] and settings["momentum"] == 0:
             raise argument_error("KFAC", "nesterov", "False without momentum", True)
         super().add_param_group(param_group)
 
-    def _take_schedules(self) -> list[Scheduled[float]]:
+    def _take_schedules(self, damping: Damping) -> list[Scheduled[float]]:
         """Keep schedules out of the groups, whose values go into checkpoints."""
         schedules = [
             Scheduled("KFAC", "damping", group["damping"], POSITIVE) for group in self.param_groups
         ]
         for group, schedule in zip(self.param_groups, schedules, strict=True):
-            group["damping"] = schedule.at(0)
-        self.defaults["damping"] = schedules[0].at(0)
+            group["damping"] = _plain(schedule.at(0))
+        self.defaults["damping"] = Scheduled("KFAC", "damping", damping, POSITIVE).at(0)
         return schedules
 
     def _make_fallback(self, fallback: FallbackName | OptimizerFactory) -> Fallback | None:
@@ -238,8 +239,8 @@ class KFAC(torch.optim.Optimizer):
         gradients = engine.mean_gradients(gradient_scale)
         finite = all_finite(list(gradients.values()))
         engine.update_factors(finite, scale_seen)
-        engine.refresh_inverses(damping, plan)
-        directions = engine.precondition(gradients, damping)
+        engine.curvature.refresh(damping, due=plan.refresh)
+        directions = engine.curvature.precondition(gradients, damping)
         self._clip(directions, gradients)
         self._descend(gradients | directions, finite)
         self._step_fallback(gradients, finite)
@@ -252,14 +253,15 @@ class KFAC(torch.optim.Optimizer):
 
     def _amp_scales(self) -> tuple[Tensor | float, Tensor | float]:
         """The gradient scaler's factor that is still in ``.grad``, and that the hooks saw."""
-        if getattr(self, "found_inf", None) is None:
-            return 1.0, 1.0
         still_there: Tensor | None = getattr(self, "grad_scale", None)
         if still_there is not None:
             return still_there, still_there
-        if self._engine.grad_scaler is not None:
+        if self._engine.scaler_is_enabled:
             return 1.0, float(self._engine.grad_scaler.get_scale())
+        if getattr(self, "found_inf", None) is None:
+            return 1.0, 1.0
         if self._engine.fisher == "empirical" and self._engine.capture.active:
+            self.found_inf = None  # the scaler's note on this step only
             raise RuntimeError(
                 "The gradients were unscaled before step(), so the scale that the hooks of the "
                 "empirical Fisher saw is unknown. Construct KFAC with grad_scaler=scaler."
@@ -270,7 +272,8 @@ class KFAC(torch.optim.Optimizer):
         by_parameter: dict[int, float] = {}
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if not schedule.is_constant:
-                group["damping"] = schedule.at(self._engine.steps)
+                group["damping"] = _plain(schedule.at(self._engine.steps))
+            check("KFAC", "damping", group["damping"], POSITIVE, "(edited in a parameter group)")
             by_parameter |= {id(p): group["damping"] for p in group["params"]}
         return {layer.name: by_parameter[id(layer.weight)] for layer in self._engine.layers}
 
@@ -322,6 +325,13 @@ class KFAC(torch.optim.Optimizer):
     def _step_fallback(self, gradients: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
         if self._fallback is not None and bool(accept):
             self._fallback.step(gradients, self.param_groups)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Refuse copies: they would watch the original's model."""
+        raise TypeError(
+            "KFAC cannot be pickled or deep-copied, since it belongs to a model. Construct one for "
+            "the copy of the model and load_state_dict() the state_dict() of this one."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""
@@ -389,18 +399,21 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: If the state does not fit this optimizer; the message names the layer.
         """
-        self._engine.check_loadable(state_dict.get("kfac", {}))
-        if (self._fallback is not None) != ("fallback" in state_dict):
-            raise ValueError(
-                "The state dict and this optimizer differ in fallback=: one trains the remaining "
-                "parameters with an optimizer of its own, the other does not."
-            )
+        self._engine.check_loadable(state_dict.get("kfac"))
+        check_fallback(self._fallback, state_dict.get("fallback"))
         super().load_state_dict(
             {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
         )
         self._engine.load_state_dict(state_dict["kfac"])
         if self._fallback is not None:
             self._fallback.load_state_dict(state_dict["fallback"])
+
+
+def _plain(value: Any) -> Any:
+    """A number as Python's own type, which checkpoints hold; tensors and schedules as they are."""
+    if isinstance(value, bool | Tensor) or callable(value):
+        return value
+    return float(value)
 
 
 _ARGUMENTS = set(inspect.signature(KFAC.__init__).parameters) - {"self", "model"}

@@ -2,10 +2,11 @@
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from kfac.arguments import argument_error
 from kfac.layers import Layer, WeightSharing, layer_type_for, supported_base
@@ -13,8 +14,8 @@ from kfac.layers import Layer, WeightSharing, layer_type_for, supported_base
 Skip = str | type[nn.Module]
 SharingRule = WeightSharing | Callable[[str, nn.Module], str]
 
-# What wrappers put into the names of a module's children.
-_WRAPPERS = {"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+# Names that wrappers give to what they wrap, beside the common "module" of the parallel ones.
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,28 @@ class Summary(Sequence[Row]):
     __repr__ = __str__
 
 
-def clean_name(name: str) -> str:
-    """Strip the prefixes that DDP, ``torch.compile``, checkpointing and FSDP wrappers add."""
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+def clean_names(model: nn.Module) -> dict[str, str]:
+    """Names of all modules without what DDP, ``torch.compile`` and other wrappers put into them.
+
+    Returns:
+        From the name in ``model.named_modules()`` to the clean one.
+    """
+    clean = {"": ""}
+    parents = {"": model}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if not name:
+            continue
+        parent, _, leaf = name.rpartition(".")
+        parents[name] = module
+        is_wrapper = leaf in _WRAPPERS or (
+            leaf == "module" and isinstance(parents[parent], DistributedDataParallel | DataParallel)
+        )
+        clean[name] = clean[parent] if is_wrapper else f"{clean[parent]}.{leaf}".lstrip(".")
+    return clean
+
+
+def _joined(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}".lstrip(".")
 
 
 def find_layers(
@@ -113,46 +133,40 @@ def find_layers(
         ValueError: If a skip entry matches nothing, a weight-sharing rule returns something else,
             or the model has uninitialised lazy parameters.
     """
-    trained_ids = {id(p) for p in trained}
-    uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    skipped = _Skipped(owner, skip, model)
-    layers, reasons = [], {}
+    trainable = {id(p) for p in trained if p.requires_grad}
+    uses = Counter(id(p) for m in model.modules() for p in m.parameters(recurse=False))
+    names = clean_names(model)
+    skipped = _Skipped(owner, skip, {names[raw]: module for raw, module in model.named_modules()})
+    layers: list[Layer] = []
+    reasons: dict[str, str] = {}
     for raw_name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        name = clean_name(raw_name)
+        name, own = names[raw_name], dict(module.named_parameters(recurse=False))
         _refuse_lazy(owner, name, own)
-        reason = skipped.reason(name) or _obstacle(module, own, trained_ids, uses)
-        if reason is None:
-            bias = own.get("bias")
-            if bias is not None and (id(bias) not in trained_ids or uses[id(bias)] > 1):
-                reasons[f"{name}.bias"] = "its weight is under K-FAC without it: " + (
-                    "shared by several modules" if uses[id(bias)] > 1 else "not trained"
-                )
-                bias = None
-            layer_type = layer_type_for(module)
-            assert layer_type is not None
-            layers.append(
-                layer_type(
-                    name,
-                    module,
-                    weight_sharing=_sharing(owner, weight_sharing, name, module),
-                    weight=own["weight"],
-                    bias=bias,
-                    max_factor_dim=max_factor_dim,
-                    identity_g=identity_g,
-                )
+        reason = skipped.reason(name) or _obstacle(module, own, trainable, uses)
+        if reason is not None:
+            reasons |= {_joined(name, p): reason for p in own}
+            continue
+        bias, bias_reason = _own_bias(own, trainable, uses)
+        reasons[_joined(name, "bias")] = bias_reason
+        layer_type = layer_type_for(module)
+        assert layer_type is not None
+        layers.append(
+            layer_type(
+                name,
+                module,
+                weight_sharing=_sharing(owner, weight_sharing, name, module),
+                weight=own["weight"],
+                bias=bias,
+                max_factor_dim=max_factor_dim,
+                identity_g=identity_g,
             )
-        else:
-            reasons |= {f"{name}.{p}".lstrip("."): reason for p in own}
+        )
     skipped.check_all_used()
     return layers, reasons
 
 
 def _obstacle(
-    module: nn.Module,
-    own: dict[str, nn.Parameter],
-    trained_ids: set[int],
-    uses: Counter[int],
+    module: nn.Module, own: dict[str, nn.Parameter], trainable: set[int], uses: Counter[int]
 ) -> str | None:
     """Why K-FAC does not take a module, None if it does."""
     if layer_type_for(module) is None:
@@ -163,11 +177,23 @@ def _obstacle(
     weight = own.get("weight")
     if weight is None:
         return "its weight is not a parameter (parametrised)"
-    if not weight.requires_grad or id(weight) not in trained_ids:
+    if id(weight) not in trainable:
         return "its weight is not trained"
     if uses[id(weight)] > 1:
         return "its weight is shared by several modules"
     return None
+
+
+def _own_bias(
+    own: dict[str, nn.Parameter], trainable: set[int], uses: Counter[int]
+) -> tuple[nn.Parameter | None, str]:
+    """The bias that is trained together with its weight, or why there is none."""
+    bias = own.get("bias")
+    if bias is None or id(bias) not in trainable:
+        return None, "its weight is under K-FAC without it: not trained at construction"
+    if uses[id(bias)] > 1:
+        return None, "its weight is under K-FAC without it: shared by several modules"
+    return bias, ""
 
 
 class _Skipped:
@@ -176,19 +202,19 @@ class _Skipped:
     An entry that matches a module covers everything inside it.
     """
 
-    def __init__(self, owner: str, entries: Sequence[Skip], model: nn.Module) -> None:
+    def __init__(self, owner: str, entries: Sequence[Skip], modules: dict[str, nn.Module]) -> None:
         self.owner = owner
         self.entries = list(entries)
         self.unused = list(entries)
-        self.modules = {clean_name(name): module for name, module in model.named_modules()}
+        self.modules = modules
 
     def reason(self, name: str) -> str | None:
         parts = name.split(".")
         lineage = [".".join(parts[: i + 1]) for i in range(len(parts))]
-        for entry in self.entries:
-            if any(self._matches(entry, ancestor) for ancestor in lineage):
-                self.unused = [e for e in self.unused if e is not entry]
-                return f"skip={entry!r}" if isinstance(entry, str) else f"skip={entry.__name__}"
+        matching = [e for e in self.entries if any(self._matches(e, above) for above in lineage)]
+        self.unused = [entry for entry in self.unused if entry not in matching]
+        for entry in matching:
+            return f"skip={entry!r}" if isinstance(entry, str) else f"skip={entry.__name__}"
         return None
 
     def _matches(self, entry: Skip, name: str) -> bool:
@@ -229,37 +255,48 @@ def summarize(
     model: nn.Module,
     layers: Sequence[Layer],
     reasons: dict[str, str],
-    trained: Iterable[nn.Parameter],
-    expanded: Iterable[str],
+    trained: Sequence[nn.Parameter],
+    expanded: set[str],
 ) -> Summary:
-    """Describe how every parameter of the model is trained."""
+    """Describe how every parameter of the model, and every other that is trained, is trained."""
     owner_layer = {id(p): layer for layer in layers for p in layer.parameters}
     trained_ids = {id(p) for p in trained}
-    return Summary(_rows(model, owner_layer, reasons, trained_ids, set(expanded)))
+    names, modules = clean_names(model), dict(model.named_modules())
+    rows = []
+    for raw_name, parameter in model.named_parameters():
+        path, _, leaf = raw_name.rpartition(".")
+        name, shape = _joined(names[path], leaf), tuple(parameter.shape)
+        treatment, factors, why = _treatment(
+            parameter, owner_layer.get(id(parameter)), reasons.get(name), trained_ids, expanded
+        )
+        rows.append(Row(name, shape, type(modules[path]).__name__, treatment, factors, why))
+    inside = {id(p) for p in model.parameters()}
+    for number, parameter in enumerate(p for p in trained if id(p) not in inside):
+        name, why = f"(outside the model) {number}", "not part of the model"
+        rows.append(Row(name, tuple(parameter.shape), "", "fallback", reason=why))
+    return Summary(rows)
 
 
-def _rows(
-    model: nn.Module,
-    owner_layer: dict[int, Layer],
-    reasons: dict[str, str],
+def _treatment(
+    parameter: nn.Parameter,
+    layer: Layer | None,
+    reason: str | None,
     trained_ids: set[int],
     expanded: set[str],
-) -> Iterator[Row]:
-    modules = {clean_name(name): type(m).__name__ for name, m in model.named_modules()}
-    for raw_name, parameter in model.named_parameters():
-        name = clean_name(raw_name)
-        module = modules[name.rpartition(".")[0]]
-        layer = owner_layer.get(id(parameter))
-        row = (name, tuple(parameter.shape), module)
-        if id(parameter) not in trained_ids or not parameter.requires_grad:
-            why = "frozen" if not parameter.requires_grad else "not given to the optimizer"
-            yield Row(*row, "untrained", reason=why)
-        elif layer is None:
-            yield Row(*row, "fallback", reason=reasons.get(name, "added after construction"))
-        elif not layer.weight.requires_grad:
-            yield Row(*row, "fallback", reason="its weight is not trained")
-        else:
-            shapes = layer.shape.factor_shapes().items()
-            factors = ", ".join(f"{k} {'×'.join(map(str, s))}" for k, s in shapes)
-            note = "expanded: its leading size is no multiple of the batch size"
-            yield Row(*row, "kfac", factors, note if layer.name in expanded else "")
+) -> tuple[str, str, str]:
+    """How a parameter is trained, the shapes of its factors, and why."""
+    if id(parameter) not in trained_ids:
+        return "untrained", "", "not given to the optimizer"
+    if not parameter.requires_grad:
+        return "untrained", "", "frozen"
+    if layer is None:
+        return "fallback", "", reason or "added after construction"
+    if not layer.weight.requires_grad:
+        return "fallback", "", "its weight is not trained"
+    shapes = layer.shape.factor_shapes().items()
+    note = "expanded: its leading size is no multiple of the batch size"
+    return (
+        "kfac",
+        ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes),
+        note if layer.name in expanded else "",
+    )

@@ -52,6 +52,12 @@ _LOSS_TERMS = Constraint(
 )
 
 
+_GRAD_SCALER = Constraint(
+    "a torch.amp.GradScaler or None",
+    lambda v: v is None or (hasattr(v, "get_scale") and hasattr(v, "is_enabled")),
+)
+
+
 class StepPlan(NamedTuple):
     """What the schedules say of a step: refresh the inverses, take statistics for the next."""
 
@@ -112,6 +118,11 @@ class Preconditioner:
         Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
     """
 
+    _STATE_KEYS = (
+        "version", "fisher", "steps", "dropped_statistics", "nonfinite_batches", "seed", "inverse",
+        "counters", "layers",
+    )  # fmt: skip
+
     def __init__(
         self,
         model: nn.Module,
@@ -138,15 +149,19 @@ class Preconditioner:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise argument_error(owner, "model", "a torch.nn.Module", model)
-        check(owner, "outputs", outputs, _OUTPUTS)
-        check(owner, "num_samples", num_samples, POSITIVE_INTEGER)
-        check(owner, "max_vectors", max_vectors, POSITIVE_INTEGER)
-        check(owner, "loss_terms", loss_terms, _LOSS_TERMS)
-        check(owner, "factor_decay", factor_decay, UNIT_INTERVAL)
-        check(owner, "skip", skip, _SKIP, "A single entry still goes into a tuple.")
-        check(owner, "max_factor_dim", max_factor_dim, POSITIVE_INTEGER)
-        check(owner, "seed", seed, INTEGER)
-        check(owner, "loss_reduction", loss_reduction, one_of(["mean", "sum", None]))
+        for argument, value, constraint, remedy in (
+            ("outputs", outputs, _OUTPUTS, ""),
+            ("num_samples", num_samples, POSITIVE_INTEGER, ""),
+            ("max_vectors", max_vectors, POSITIVE_INTEGER, ""),
+            ("loss_reduction", loss_reduction, one_of(["mean", "sum", None]), ""),
+            ("loss_terms", loss_terms, _LOSS_TERMS, ""),
+            ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
+            ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
+            ("skip", skip, _SKIP, "A single entry still goes into a tuple."),
+            ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, ""),
+            ("seed", seed, INTEGER, ""),
+        ):
+            check(owner, argument, value, constraint, remedy)
         self.damping = Scheduled(owner, "damping", damping, POSITIVE)
         self.factor_update_period = Scheduled(
             owner, "factor_update_period", factor_update_period, POSITIVE_INTEGER
@@ -155,24 +170,19 @@ class Preconditioner:
             owner, "inverse_update_period", inverse_update_period, POSITIVE_INTEGER
         )
         self.factor_decay = factor_decay
-        self.grad_scaler = _checked_scaler(owner, grad_scaler)
+        self.grad_scaler = grad_scaler
         self.inverse = resolve(inverse, STRATEGIES, owner)
         self.likelihood = (
             None if criterion is None else likelihood_of(criterion, loss_reduction, owner)
         )
         self.fisher = _checked_fisher(owner, fisher, criterion)
+        _refuse_unused(owner, criterion, self.fisher, outputs, loss_terms, num_samples)
         self.loss_reduction: LossReduction = (
             self.likelihood.reduction if self.likelihood else loss_reduction or "mean"
         )
         self.model = model
         self.ranks = Ranks.of(model)
-        self.params = [
-            p for p in (model.parameters() if params is None else params) if p.requires_grad
-        ]
-        if not self.params:
-            raise argument_error(
-                owner, "params", "parameters that require gradients", params, "All are frozen."
-            )
+        self.params = _checked_params(owner, model.parameters() if params is None else params)
         self.layers, self._reasons = find_layers(
             model,
             self.params,
@@ -197,7 +207,7 @@ class Preconditioner:
             loss_terms=loss_terms,
             num_samples=num_samples,
             max_vectors=max_vectors,
-            seed=seed,
+            seed=int(seed),
             rank=self.ranks.rank,
         )
 
@@ -207,19 +217,20 @@ class Preconditioner:
     def step(self) -> None:
         """Replace ``.grad`` of every layer under K-FAC by its preconditioned gradient.
 
+        Under a summed loss the other gradients become those of the mean loss, for one scale of all.
         A batch with a gradient that is not finite leaves everything as it was.
 
         Raises:
             RuntimeError: If a factor update is due and no statistics could be collected.
         """
-        scale = float(self.grad_scaler.get_scale()) if self._scaler_enabled else 1.0
+        scale = float(self.grad_scaler.get_scale()) if self.scaler_is_enabled else 1.0
         plan = self.plan()
         gradients = self.mean_gradients(1.0)
         finite = all_finite(list(gradients.values()))
         damping = dict.fromkeys(self.curvature.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
-        self.refresh_inverses(damping, plan)
-        directions = self.precondition(gradients, damping)
+        self.curvature.refresh(damping, due=plan.refresh)
+        directions = self.curvature.precondition(gradients, damping)
         for parameter, gradient in gradients.items():
             assert parameter.grad is not None
             direction = directions.get(parameter, gradient)
@@ -237,12 +248,18 @@ class Preconditioner:
         return step % self.factor_update_period.at(step) == 0
 
     @property
-    def _scaler_enabled(self) -> bool:
+    def scaler_is_enabled(self) -> bool:
+        """Whether there is a gradient scaler and it scales."""
         return self.grad_scaler is not None and self.grad_scaler.is_enabled()
 
     def mean_gradients(self, gradient_scale: Tensor | float) -> dict[nn.Parameter, Tensor]:
         """Gradients of the mean loss, free of the scaler's factor; ``.grad`` is not changed."""
         gradients = {p: p.grad for p in self.params if p.grad is not None}
+        if any(gradient.is_sparse for gradient in gradients.values()):
+            raise RuntimeError(
+                "K-FAC does not take sparse gradients. Construct the embedding with sparse=False, "
+                "or train it with another optimizer by leaving it out of params=."
+            )
         divisor = gradient_scale
         if self.loss_reduction == "sum" and gradients:
             divisor = divisor * self._mean_loss_terms()
@@ -263,12 +280,10 @@ class Preconditioner:
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
-        if self.curvature.has_pending:
-            g_scale = self._g_scale(gradient_scale)
-            if self.ranks.size > 1:
-                self.curvature.average_over(self.ranks, g_scale)
-                g_scale = torch.ones_like(g_scale)
-            self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept)
+        pending = self.curvature.has_pending
+        if pending or self.ranks.size > 1:
+            g_scale = self._g_scale(gradient_scale) if pending else torch.ones(())
+            self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept, self.ranks)
         else:
             self._explain_missing_statistics()
 
@@ -312,27 +327,12 @@ class Preconditioner:
             "the model that K-FAC was given, with gradients enabled" + remedy
         )
 
-    def refresh_inverses(self, damping: Mapping[str, float], plan: StepPlan) -> None:
-        """Recompute the inverses that are due: on period, or of a layer that never had one.
-
-        Args:
-            damping: λ by layer name.
-            plan: What this step does.
-        """
-        self.curvature.refresh(damping, due=plan.refresh)
-
-    def precondition(
-        self, gradients: Mapping[nn.Parameter, Tensor], damping: Mapping[str, float]
-    ) -> dict[nn.Parameter, Tensor]:
-        """See :meth:`kfac.curvature.Curvature.precondition`."""
-        return self.curvature.precondition(gradients, damping)
-
     def advance(self, plan: StepPlan) -> None:
         """Count a completed step."""
         self.steps += 1
         self.capture.end_step(self.steps)
         self.curvature.discard()
-        self.capture.active = plan.capture_next
+        self.capture.schedule(active=plan.capture_next or self.curvature.is_waiting)
 
     def discard(self) -> None:
         """Forget the statistics that were collected since the last step."""
@@ -400,9 +400,10 @@ class Preconditioner:
             **self.curvature.state_dict(),
         }
 
-    def check_loadable(self, state_dict: Mapping[str, Any]) -> None:
+    def check_loadable(self, state_dict: Mapping[str, Any] | None) -> None:
         """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed; changes nothing."""
-        checkpoint.check_version(state_dict)
+        state_dict = checkpoint.checked_version(state_dict)
+        checkpoint.check_complete(state_dict, self._STATE_KEYS)
         checkpoint.check_setting(state_dict, "fisher", self.fisher)
         self.curvature.check_loadable(state_dict)
 
@@ -419,7 +420,8 @@ class Preconditioner:
         self.capture.end_step(self.steps)
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
-        self.capture.active = self._factors_due(self.steps)
+        due = self._factors_due(self.steps)
+        self.capture.schedule(active=due or self.curvature.is_waiting)
 
 
 def _checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> FisherType:
@@ -434,7 +436,36 @@ def _checked_fisher(owner: str, fisher: FisherType | None, criterion: object) ->
     return fisher
 
 
-def _checked_scaler(owner: str, scaler: Any) -> Any:
-    if scaler is not None and not (hasattr(scaler, "get_scale") and hasattr(scaler, "is_enabled")):
-        raise argument_error(owner, "grad_scaler", "a torch.amp.GradScaler or None", scaler)
-    return scaler
+def _refuse_unused(
+    owner: str,
+    criterion: object,
+    fisher: FisherType,
+    outputs: object,
+    loss_terms: object,
+    num_samples: int,
+) -> None:
+    """Refuse arguments that would have no effect."""
+    if criterion is not None and loss_terms is not None:
+        raise argument_error(
+            owner, "loss_terms", "None with a criterion", loss_terms,
+            "The criterion says how many terms its loss has.",
+        )  # fmt: skip
+    if criterion is None and outputs is not None:
+        raise argument_error(
+            owner, "outputs", "None without a criterion", outputs, "Pass criterion= as well."
+        )
+    if fisher != "mc" and num_samples != 1:
+        raise argument_error(
+            owner, "num_samples", f"1 with fisher={fisher!r}", num_samples,
+            "Only fisher='mc' samples.",
+        )  # fmt: skip
+
+
+def _checked_params(owner: str, params: Any) -> list[nn.Parameter]:
+    constraint = "an iterable of parameters, of which some require gradients"
+    given = None if isinstance(params, Tensor) else list(params)
+    if not given or not all(isinstance(p, Tensor) for p in given):
+        raise argument_error(owner, "params", constraint, params, "Pass model.parameters().")
+    if not any(p.requires_grad for p in given):
+        raise argument_error(owner, "params", constraint, f"{len(given)} frozen ones")
+    return given

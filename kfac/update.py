@@ -8,10 +8,11 @@ from torch import Tensor
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element of every tensor is finite: a boolean scalar, left on the device."""
-    if not tensors:
+    filled = [t for t in tensors if t.numel()]
+    if not filled:
         return torch.tensor(True)
-    device = tensors[0].device
-    largest = torch._foreach_norm(list(tensors), float("inf"))
+    device = filled[0].device
+    largest = torch._foreach_norm(filled, float("inf"))
     return torch.stack([n.float().to(device) for n in largest]).isfinite().all()
 
 
@@ -39,10 +40,11 @@ def kl_clip_scale(
         approximations", section 5; the sum is over all layers, as there.
     """
     device = directions[0].device
-    terms = [
-        (lr * lr * (d * g).sum(dtype=torch.promote_types(d.dtype, torch.float32))).to(device)
-        for d, g, lr in zip(directions, gradients, lrs, strict=True)
-    ]
+    terms = []
+    for direction, gradient, lr in zip(directions, gradients, lrs, strict=True):
+        precise = torch.promote_types(direction.dtype, torch.float32)
+        inner = (direction.to(precise) * gradient.to(precise)).sum()
+        terms.append((lr * lr * inner).to(device))
     return (kl_clip / torch.stack(terms).sum().abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
 
 

@@ -25,6 +25,7 @@ def groups(**settings: Any) -> Callable[[nn.Module], list[dict[str, Any]]]:
 # (argument, bad value, other arguments); a callable under "params" is given the model.
 KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     *[("lr", value, {}) for value in (-0.1, NAN, INF, "0.1", None, torch.ones(2))],
+    *[("lr", torch.tensor(value), {}) for value in (-1.0, NAN)],
     *[("momentum", value, {}) for value in (-0.1, 1.0, NAN, True, "auto")],
     ("lr", "auto", {}),
     ("nesterov", 1, {}),
@@ -34,6 +35,7 @@ KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "auto")],
     *[("fallback", value, {"skip": ["*"]}) for value in ("adam", None, 3)],
     ("fallback", lambda groups: "not an optimizer", {"skip": ["*"]}),
+    ("fallback", lambda groups: torch.optim.SGD([torch.ones(1)], 1.0), {"skip": ["*"]}),
     ("lr", -1.0, {"params": groups(lr=-1.0)}),
     ("damping", 0.0, {"params": groups(damping=0.0)}),
     ("params", "factor_decay", {"params": groups(factor_decay=0.5)}),
@@ -53,6 +55,9 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("loss_reduction", value, {}) for value in ("none", "average", 1)],
     ("loss_reduction", "sum", {"criterion": CRITERION}),
     *[("loss_terms", value, {}) for value in (0, 1.5, "batch")],
+    ("loss_terms", 4, {"criterion": CRITERION}),
+    ("outputs", "logits", {}),
+    *[("num_samples", 2, {"fisher": fisher}) for fisher in ("empirical", "forward-only")],
     *[("weight_sharing", value, {}) for value in ("mean", None, lambda name, module: None)],
     *[("inverse", value, {}) for value in ("qr", Cholesky, None, 1)],
     *[("factor_decay", value, {}) for value in (-0.1, 1.0, NAN, None)],
@@ -68,6 +73,14 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
 TABLE = [
     *[(KFAC, *row) for row in KFAC_ONLY],
     *[(owner, *row) for owner in (KFAC, Preconditioner) for row in SHARED],
+    *[
+        (Preconditioner, "params", "of the wrong kind", {"params": wrong})
+        for wrong in (
+            lambda model: torch.ones(3),
+            lambda model: model.named_parameters(),
+            lambda model: [{"params": model.parameters()}],
+        )
+    ],
 ]
 
 
@@ -98,7 +111,7 @@ def test_every_argument_has_a_row() -> None:
 
 
 def test_a_model_without_trained_parameters_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"params=\.\.\.\) must be .* that require gradients"):
+    with pytest.raises(ValueError, match=r"params=\.\.\.\) must be .*, but got '2 frozen ones'"):
         KFAC(frozen_model(), lr=0.1)
 
 
@@ -132,6 +145,35 @@ def test_a_schedule_that_turns_bad_fails_before_anything_changes() -> None:
         optimizer.step()
     assert all(map(torch.equal, before, model.parameters()))
     assert all(map(torch.equal, factors, optimizer.factor("")))
+
+
+def test_an_edited_damping_is_checked() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = KFAC(model, lr=0.1)
+    optimizer.param_groups[0]["damping"] = -1e-2
+    model(torch.randn(4, 3)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"damping.*-0\.01.*edited in a parameter group"):
+        optimizer.step()
+
+
+def test_the_result_of_loss_terms_is_checked() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = KFAC(model, lr=0.1, loss_terms=lambda x: -len(x))
+    with pytest.raises(ValueError, match=r"loss_terms.*-4.*returned by the function"):
+        model(torch.randn(4, 3))
+    assert optimizer.diagnostics()["steps"] == 0
+
+
+def test_numbers_of_other_libraries_become_plain_ones() -> None:
+    numpy = pytest.importorskip("numpy")
+    model = nn.Linear(3, 2)
+    values = numpy.array([0.1, 0.9, 0.01])
+    schedule = lambda step: values[2]  # noqa: E731
+    optimizer = KFAC(model, lr=values[0], momentum=values[1], damping=schedule)
+    model(torch.randn(4, 3)).square().mean().backward()
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    assert {type(group[key]) for key in ("lr", "momentum", "damping")} == {float}
 
 
 def test_groups_cannot_be_added_later() -> None:

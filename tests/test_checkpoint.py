@@ -132,6 +132,14 @@ def of_another_optimizer(state: dict[str, Any]) -> None:
     del state["kfac"]
 
 
+def without_a_seed(state: dict[str, Any]) -> None:
+    del state["kfac"]["seed"]
+
+
+def without_a_weight(state: dict[str, Any]) -> None:
+    del state["kfac"]["layers"]["0"]["weight"]
+
+
 def with_another_fallback(state: dict[str, Any]) -> None:
     state["fallback"] = {}
 
@@ -151,6 +159,8 @@ def without_a_group(state: dict[str, Any]) -> None:
         (of_another_fisher, "fisher='empirical'"),
         (of_another_version, "format version 1, but has 99"),
         (of_another_optimizer, "format version 1, but has None"),
+        (without_a_seed, "lacks seed"),
+        (without_a_weight, "lacks weight"),
         (with_another_fallback, "differ in fallback="),
         (without_a_group, "parameter group"),
     ],
@@ -181,6 +191,20 @@ def assert_equal(one: Any, other: Any) -> None:
             assert_equal(mine, theirs)
     else:
         assert one == other
+
+
+def test_the_state_of_another_fallback_is_an_error_and_changes_nothing() -> None:
+    saved = Run({"fallback": "adamw"}).optimizer.state_dict()
+    other = Run({"fallback": lambda groups: torch.optim.SGD(groups, lr=0.1)}).optimizer
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match=r"the state is of AdamW.*this optimizer has SGD"):
+        other.load_state_dict(saved)
+    assert_equal(before, other.state_dict())
+
+
+def test_copying_the_optimizer_itself_is_refused() -> None:
+    with pytest.raises(TypeError, match="cannot be pickled or deep-copied"):
+        copy.deepcopy(Run({}).optimizer)
 
 
 def test_a_preconditioner_resumes_too() -> None:

@@ -19,6 +19,10 @@ def feed(target: Bucket, index: int, a: float, g: float, rows: int = 1) -> None:
     target.accumulate(index, "G", torch.full((1, 3, 3), g, dtype=torch.float64))
 
 
+def fold(target: Bucket, decay: float, g_scale: Tensor, accept: Tensor) -> Tensor:
+    return target.fold(target.normalize(g_scale), decay, accept)
+
+
 def values(target: Bucket, index: int) -> tuple[float, float]:
     return target.factors["A"][index].mean().item(), target.factors["G"][index].mean().item()
 
@@ -49,7 +53,7 @@ def test_a_is_divided_by_its_rows_and_g_by_the_given_scale() -> None:
     target = bucket("a")
     feed(target, 0, 6.0, 1.0, rows=2)
     feed(target, 0, 6.0, 1.0, rows=1)
-    target.fold(0.9, torch.tensor(0.5), YES)
+    fold(target, 0.9, torch.tensor(0.5), YES)
     assert values(target, 0) == (4.0, 1.0)
 
 
@@ -57,9 +61,9 @@ def test_a_layer_without_statistics_keeps_its_average_and_its_weight() -> None:
     target = bucket("a", "b")
     feed(target, 0, 1.0, 1.0)
     feed(target, 1, 1.0, 1.0)
-    target.fold(0.5, ONE, YES)
+    fold(target, 0.5, ONE, YES)
     feed(target, 0, 4.0, 4.0)
-    target.fold(0.5, ONE, YES)
+    fold(target, 0.5, ONE, YES)
     assert values(target, 0) == (3.0, 3.0)  # (0.5·1 + 4)/1.5
     assert values(target, 1) == (1.0, 1.0)
     assert target.weight.tolist() == [1.5, 1.0]
@@ -76,18 +80,18 @@ def test_statistics_that_are_not_finite_are_dropped_for_their_layer_only(
     spoilt = torch.zeros_like(target.pending[factor][0])
     spoilt[0, 1, 1] = bad
     target.accumulate(0, factor, spoilt)
-    dropped = target.fold(0.5, ONE, YES)
+    dropped = fold(target, 0.5, ONE, YES)
     assert dropped.tolist() == [True, False]
     assert (values(target, 0), values(target, 1)) == ((0.0, 0.0), (1.0, 1.0))
     feed(target, 0, 2.0, 2.0)
-    target.fold(0.5, ONE, YES)
+    fold(target, 0.5, ONE, YES)
     assert values(target, 0) == (2.0, 2.0)
 
 
 def test_a_rejected_batch_is_forgotten() -> None:
     target = bucket("a")
     feed(target, 0, 1.0, 1.0)
-    assert target.fold(0.5, ONE, torch.tensor(False)).tolist() == [True]
+    assert fold(target, 0.5, ONE, torch.tensor(False)).tolist() == [True]
     assert target.weight.item() == 0
     assert not any(pending.any() for pending in target.pending.values())
 
@@ -97,7 +101,7 @@ def test_discarded_statistics_leave_no_trace() -> None:
     feed(target, 0, float("nan"), 1.0)
     target.discard()
     feed(target, 0, 1.0, 1.0)
-    target.fold(0.5, ONE, YES)
+    fold(target, 0.5, ONE, YES)
     assert values(target, 0) == (1.0, 1.0)
 
 
@@ -105,7 +109,7 @@ def average(decays: list[float], updates: list[float]) -> Tensor:
     target = bucket("a")
     for decay, update in zip(decays, updates, strict=True):
         feed(target, 0, update, update)
-        target.fold(decay, ONE, YES)
+        fold(target, decay, ONE, YES)
     return target.factors["A"].mean()
 
 

@@ -94,6 +94,55 @@ def test_a_bad_batch_leaves_everything_as_it_was(fallback: str) -> None:
     assert (diagnostics["nonfinite_batches"], diagnostics["dropped_statistics"]) == (1, 2)
 
 
+def test_a_fallback_ascends_too() -> None:
+    model = net()
+    parameters = only_norm(model)
+    before = [p.detach().clone() for p in parameters]
+    optimizer = KFAC(model, parameters, lr=0.1, maximize=True, fallback="adamw")
+    model(torch.randn(5, 3)).square().mean().backward()
+    optimizer.step()
+    for parameter, old in zip(parameters, before, strict=True):
+        assert ((parameter - old) * parameter.grad).sum() > 0
+
+
+def test_a_function_keeps_the_weight_decay_of_its_own() -> None:
+    model = net()
+    made = []
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        made.append(torch.optim.AdamW(groups, weight_decay=0.3))
+        return made[0]
+
+    train(model, KFAC(model, lr=0.1, fallback=make))
+    assert made[0].param_groups[0]["weight_decay"] == 0.3
+
+
+def test_adamw_follows_the_weight_decay_of_the_group() -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1, fallback="adamw")
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    train(model, optimizer, steps=1)
+    inner = optimizer.state_dict()["fallback"]["optimizer"]["param_groups"][0]
+    assert inner["weight_decay"] == 0.2
+
+
+def test_sparse_gradients_are_refused() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Linear(3, 2))
+    optimizer = KFAC(model, lr=0.1)
+    model(torch.arange(4)).square().mean().backward()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+
+
+def test_empty_parameters_do_no_harm() -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    model.register_parameter("empty", nn.Parameter(torch.zeros(0)))
+    optimizer = KFAC(model, lr=0.1)
+    (model(torch.ones(2, 3)).square().mean() + model.empty.sum()).backward()
+    optimizer.step()
+    assert model[0].weight.isfinite().all()
+
+
 def test_gradients_stay_as_the_user_left_them() -> None:
     model = net()
     optimizer = KFAC(model, lr=0.1, fallback="adamw", loss_reduction="sum")

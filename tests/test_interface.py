@@ -385,6 +385,165 @@ def test_a_double_backward_does_not_feed_the_empirical_fisher() -> None:
     assert all(map(torch.equal, factors(False), factors(True)))
 
 
+@pytest.mark.parametrize("settings", [{}, {"criterion": True, "fisher": "type-2"}])
+def test_derivatives_by_an_input_do_not_feed_the_factors(settings: dict[str, Any]) -> None:
+    def factors(attacks: int) -> tuple[Tensor | None, Tensor | None]:
+        model, criterion = net(), nn.CrossEntropyLoss()
+        chosen = settings | ({"criterion": criterion} if settings else {})
+        optimizer = KFAC(model, lr=0.1, **chosen)
+        x = X.clone().requires_grad_()
+        for _ in range(attacks):
+            torch.autograd.grad(criterion(model(x), Y), x)
+        criterion(model(X), Y).backward()
+        optimizer.step()
+        return optimizer.factor("0")
+
+    assert all(map(torch.equal, factors(0), factors(3)))
+
+
+def test_gradients_taken_by_hand_count_like_a_backward_pass() -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    twin = copy.deepcopy(model)
+    optimizer, other = (KFAC(m, lr=0.1, criterion=criterion) for m in (model, twin))
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(criterion(model(X), Y), parameters)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    step(twin, other, criterion)
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.one, self.two = nn.Linear(3, 4), nn.Linear(4, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        features = self.body(x)
+        return self.one(features), self.two(features)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_curvatures_of_several_heads_add_up(reduction: Any) -> None:
+    def body_factor(*heads: int) -> Tensor:
+        model, criterion = Heads(), nn.CrossEntropyLoss(reduction=reduction)
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher="type-2")
+        outputs = model(X)
+        sum(criterion(outputs[head], Y) for head in heads).backward()
+        optimizer.step()
+        return optimizer.factor("body")[1]
+
+    torch.testing.assert_close(body_factor(0, 1), body_factor(0) + body_factor(1))
+
+
+def test_heads_with_different_numbers_of_terms_are_each_a_mean() -> None:
+    def body_factor(*ignored: int) -> Tensor:
+        model, criterion = Heads(), nn.CrossEntropyLoss()
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher="type-2")
+        outputs = model(X)
+        losses = []
+        for head, count in enumerate(ignored):
+            target = Y.clone()
+            target[:count] = -100
+            if count < 8:
+                losses.append(criterion(outputs[head], target))
+        sum(losses).backward()
+        optimizer.step()
+        return optimizer.factor("body")[1]
+
+    torch.testing.assert_close(body_factor(0, 6), body_factor(0, 8) + body_factor(8, 6))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_mixed_targets_on_one_output_count_once(reduction: Any) -> None:
+    def moved(mix: bool) -> list[Tensor]:
+        model, criterion = net(), nn.CrossEntropyLoss(reduction=reduction)
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher="type-2", kl_clip=None)
+        output = model(X)
+        criterion(output, Y)  # for a log, never differentiated
+        loss = criterion(output, Y)
+        if mix:
+            loss = 0.3 * loss + 0.7 * criterion(output, Y)
+        loss.backward()
+        optimizer.step()
+        return [p.detach() for p in model.parameters()]
+
+    for mixed, plain in zip(moved(True), moved(False), strict=True):
+        torch.testing.assert_close(mixed, plain)
+
+
+def test_a_first_batch_without_use_is_made_up_for() -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, lr=0.1, criterion=criterion)
+    optimizer.step()
+    criterion(model(X * float("nan")), Y).backward()
+    optimizer.step()
+    assert optimizer.factor("0")[0].count_nonzero() == 0
+    step(model, optimizer, criterion)
+    assert optimizer.factor("0")[0].count_nonzero() > 0
+    assert optimizer.diagnostics()["dropped_statistics"] == 2
+
+
+def test_a_late_layer_leaves_the_inverses_of_its_bucket_alone() -> None:
+    class Branches(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.late = nn.Linear(3, 2), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, late: bool = False) -> Tensor:
+            return self.late(x) if late else self.early(x)
+
+    model, criterion = Branches(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, lr=0.1, criterion=criterion, factor_update_period=1)
+
+    def inverse() -> Tensor:
+        return optimizer.state_dict()["kfac"]["layers"]["early"]["inverse"]["A_inverse"]
+
+    step(model, optimizer, criterion)
+    before = inverse()
+    optimizer.zero_grad()
+    criterion(model(2 * X) + model(X, late=True), Y).backward()
+    optimizer.step()
+    assert torch.equal(before, inverse())
+    assert optimizer.state_dict()["kfac"]["layers"]["late"]["ready"]
+
+
+def test_a_pass_that_fails_half_way_leaves_nothing_pending(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    settings = {"lr": 0.1, "fisher": "type-2", "weight_sharing": "reduce"}
+    optimizer = KFAC(model, criterion=criterion, **settings)
+    grad, calls = torch.autograd.grad, []
+
+    def fails_at_the_second(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 2:
+            raise MemoryError
+        return grad(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.autograd, "grad", fails_at_the_second)
+        with pytest.raises(MemoryError):
+            criterion(model(X), Y).backward()
+    step(model, optimizer, criterion)
+    plain, plain_criterion = net(), nn.CrossEntropyLoss()
+    expected = KFAC(plain, criterion=plain_criterion, **settings)
+    step(plain, expected, plain_criterion)
+    assert all(map(torch.equal, optimizer.factor("0"), expected.factor("0")))
+
+
+def test_several_unclaimed_evaluation_forwards_are_refused() -> None:
+    model = net().eval()
+    optimizer = KFAC(model, lr=0.1, criterion=nn.CrossEntropyLoss())
+    loss = F.cross_entropy(model(X), Y) + F.cross_entropy(model(X), Y)
+    with pytest.raises(RuntimeError, match="evaluation mode"):
+        loss.backward()
+    assert optimizer.diagnostics()["steps"] == 0
+
+
 def test_keyword_input_and_keyword_criterion_work() -> None:
     class Keyword(nn.Module):
         def __init__(self) -> None:

@@ -6,7 +6,6 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from kfac import KFAC
-from kfac.param_groups import clean_name
 
 
 class Tied(nn.Module):
@@ -129,14 +128,60 @@ def test_memory_is_known_before_the_first_step() -> None:
     assert optimizer.memory_estimate() == estimate
 
 
-@pytest.mark.parametrize(
-    ("wrapped", "clean"),
-    [
-        ("module.layer1.0", "layer1.0"),
-        ("_orig_mod.module.fc", "fc"),
-        ("block._checkpoint_wrapped_module.fc", "block.fc"),
-        ("fc", "fc"),
-    ],
-)
-def test_names_are_free_of_wrappers(wrapped: str, clean: str) -> None:
-    assert clean_name(wrapped) == clean
+def test_names_are_free_of_wrappers() -> None:
+    inner = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    inner[0] = torch.compile(inner[0])
+    wrapped = torch.compile(nn.DataParallel(inner))
+    names = [row.parameter for row in KFAC(wrapped, lr=0.1).summary()]
+    assert names == ["0.weight", "0.bias", "1.weight", "1.bias"]
+
+
+def test_a_module_that_is_called_module_is_no_wrapper() -> None:
+    class Backbone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(2, 2)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.module, self.fc = Backbone(), nn.Linear(2, 2)
+
+    assert {"module.fc.weight", "fc.weight"} < summary_of(Model()).keys()
+
+
+def test_a_module_under_two_names_is_one_layer() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = self.two = nn.Linear(2, 2)
+
+    assert {treatment for treatment, _ in summary_of(Twice()).values()} == {"kfac"}
+
+
+def test_entries_of_skip_may_overlap() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    summary = summary_of(model, skip=("0", "0*", nn.Linear))
+    assert {treatment for treatment, _ in summary.values()} == {"fallback"}
+
+
+def test_trained_parameters_outside_the_model_are_shown() -> None:
+    model, temperature = nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+    optimizer = KFAC(model, [*model.parameters(), temperature], lr=0.1)
+    (model(torch.ones(3, 2)) * temperature).square().mean().backward()
+    optimizer.step()
+    assert temperature.item() != 1
+    assert optimizer.summary()[2].parameter == "(outside the model) 0"
+
+
+def test_parameters_that_are_unfrozen_later_are_trained() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    model[0].requires_grad_(False)
+    optimizer = KFAC(model, lr=0.1)
+    assert optimizer.summary()[0].treatment == "untrained"
+    model[0].requires_grad_(True)
+    before = model[0].weight.detach().clone()
+    model(torch.randn(4, 2)).square().mean().backward()
+    optimizer.step()
+    assert not torch.equal(before, model[0].weight)
+    assert optimizer.summary()[0].treatment == "fallback"

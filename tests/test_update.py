@@ -75,6 +75,12 @@ def test_the_trust_region_follows_its_formula_with_a_rate_per_tensor() -> None:
         assert scale.item() == pytest.approx(expected, rel=1e-6)
 
 
+def test_the_trust_region_binds_in_half_precision() -> None:
+    tiny = [torch.full((100,), 1e-5, dtype=torch.float16)]
+    scale = kl_clip_scale(tiny, tiny, [10.0], 1e-8)
+    assert scale.item() == pytest.approx((1e-8 / (100 * 100 * 1e-10)) ** 0.5, rel=0.05)
+
+
 def test_the_trust_region_is_open_where_there_is_no_step() -> None:
     zero = [torch.zeros(3)]
     assert kl_clip_scale(zero, zero, [0.1], 1e-3).item() == 1.0

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from kfac.arguments import argument_error
+
 
 def channel_covariance(x: Tensor) -> Tensor:
     """Sum the outer products of the channel vectors over all examples and positions.
@@ -61,21 +63,3 @@ def to_accumulator(owner: str, x: Tensor) -> Tensor:
             owner, "x", "a floating-point tensor", x.dtype, "Convert it with x.float()."
         )
     return x if x.dtype == torch.float64 else x.to(torch.float32)
-
-
-def argument_error(
-    owner: str, argument: str, constraint: str, value: object, remedy: str
-) -> ValueError:
-    """Phrase the one form of error that this package raises about an argument.
-
-    Args:
-        owner: Public function that the caller used.
-        argument: Name of its argument.
-        constraint: What the argument must be.
-        value: What it is.
-        remedy: What to do, as a sentence.
-
-    Returns:
-        The exception, to be raised by the caller.
-    """
-    return ValueError(f"{owner}({argument}=...) must be {constraint}, but got {value!r}. {remedy}")

@@ -7,7 +7,8 @@ from typing import Literal, NamedTuple, TypedDict, Unpack
 import torch.nn.functional as F
 from torch import Tensor
 
-from kfac.covariance.channels import argument_error, to_accumulator
+from kfac.arguments import argument_error
+from kfac.covariance.channels import to_accumulator
 
 PaddingMode = Literal["zeros", "circular", "reflect", "replicate"]
 _TORCH_MODES = {

@@ -11,26 +11,34 @@ Statistics thus enter only with a backward pass of the user, so ``zero_grad`` ca
 a batch that was given up, wherever in the loop it stands.
 """
 
-import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from math import gcd
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac.arguments import POSITIVE_INTEGER, check
+from kfac.arguments import POSITIVE_INTEGER, Constraint, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.graph import count_uses, mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
 from kfac.statistics import ForwardRecord, Sink, Statistics
+from kfac.vectors import OutputVectors
 
 OutputSelector = str | int | Callable[[Any], Tensor]
+
+OUTPUTS = Constraint(
+    "a key, an index, a callable or None",
+    lambda v: v is None or callable(v) or (isinstance(v, (str, int)) and not isinstance(v, bool)),
+)
+LOSS_TERMS = Constraint(
+    "an integer >= 1, a callable or None",
+    lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
+)
 
 
 class Capture:
@@ -45,10 +53,7 @@ class Capture:
         criterion: The object that the user calls to compute the loss, if it is a module.
         outputs: Picks the tensor that the loss is computed from out of the model's output.
         loss_terms: Number of loss terms in a batch where it is not the batch size.
-        num_samples: Vectors per Fisher pass of ``"mc"``.
-        max_vectors: Upper limit to the vectors of a Fisher pass of ``"type-2"``.
-        seed: Seeds the generator of the sampled labels.
-        rank: Number of this process, whose labels are its own.
+        vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
 
     Attributes:
         active: Whether layers are tapped: whether the next step updates the factors.
@@ -71,25 +76,17 @@ class Capture:
         criterion: object,
         outputs: OutputSelector | None,
         loss_terms: int | Callable[..., int] | None,
-        num_samples: int,
-        max_vectors: int,
-        seed: int,
-        rank: int,
+        vectors: OutputVectors | None,
     ) -> None:
         self.fisher = fisher
         self.likelihood = likelihood
         self.outputs = outputs
         self.loss_terms = loss_terms
-        self.num_samples = num_samples
-        self.max_vectors = max_vectors
-        self.seed = seed
-        self.rank = rank
-        self.step = 0
+        self.vectors = vectors
         self.active = True
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only")
-        self._generators: dict[torch.device, torch.Generator] = {}
         self._probes: dict[torch.device, Tensor] = {}
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
@@ -135,12 +132,12 @@ class Capture:
     @property
     def needs_pass(self) -> bool:
         """Whether statistics come from Fisher passes rather than from the user's backward."""
-        return self.fisher in ("mc", "type-2")
+        return self.vectors is not None
 
     def end_step(self, step: int) -> None:
         """Forget what belongs to the step that is over; ``step`` steps are completed now."""
-        self.step = step
-        self._generators.clear()
+        if self.vectors is not None:
+            self.vectors.start_step(step)
         self._unclaimed.clear()
         self.discard()
 
@@ -335,9 +332,10 @@ class Capture:
         with torch.no_grad():
             normalizer = self.likelihood.normalizer(output.detach(), target)
             counted = self._count_once(records, normalizer)
-            if not (self.active and self.needs_pass):
+            if not self.active or self.vectors is None:
                 return
-            vectors = self._vectors(records, output.detach(), target)
+            batch_sizes = [record.batch_size or 1 for record in records]
+            vectors = self.vectors.draw(output.detach(), target, batch_sizes)
             if calls > 1 or counted is not normalizer:
                 share = torch.full_like(normalizer, 1 / calls)
                 if self.likelihood.reduction == "mean":
@@ -375,25 +373,6 @@ class Capture:
             self._pass = None
             Capture._running = previous
 
-    def _vectors(
-        self, records: Sequence[ForwardRecord], output: Tensor, target: Tensor | None
-    ) -> Iterator[Tensor]:
-        assert self.likelihood is not None
-        if self.fisher == "mc":
-            generator = self._generator(output.device)
-            for _ in range(self.num_samples):
-                yield self.likelihood.sample(output, target, generator) / self.num_samples**0.5
-            return
-        examples = _examples_in(output, [record.batch_size or 1 for record in records])
-        count = self.likelihood.num_vectors(output, examples)
-        if count > self.max_vectors:
-            raise ValueError(
-                f"KFAC(max_vectors=...) must be >= {count}, the back-propagated vectors that "
-                f"fisher='type-2' needs for an output of shape {tuple(output.shape)}, but got "
-                f"{self.max_vectors}. Raise it, or use fisher='mc', which needs num_samples."
-            )
-        yield from self.likelihood.vectors(output, target, examples)
-
     def _visit(
         self,
         layer: Layer,
@@ -430,18 +409,6 @@ class Capture:
                 "fisher='empirical'."
             )
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        """The generator of this step's labels, apart from torch's own and different on every rank.
-
-        Seeded anew in every step, so that a resumed run draws the same labels on any number of
-        processes without a generator's state in the checkpoint.
-        """
-        if device not in self._generators:
-            key = f"{self.seed}/{self.rank}/{self.step}".encode()
-            seed = int.from_bytes(hashlib.blake2b(key, digest_size=7).digest())
-            self._generators[device] = torch.Generator(device).manual_seed(seed)
-        return self._generators[device]
-
 
 class Claims:
     """Calls of the criterion on one tensor, and which of them a backward pass has reached."""
@@ -453,16 +420,6 @@ class Claims:
     def reach(self, output: Tensor, target: Tensor | None) -> None:
         """A backward pass has come to one of the calls."""
         self.reached.append((output, target))
-
-
-def _examples_in(output: Tensor, batch_sizes: Sequence[int]) -> int:
-    """Into how many examples the leading axis of the criterion's input falls.
-
-    Outputs of several forwards may have been concatenated or combined element by element; the
-    greatest common divisor is right for both, and merely costs more vectors for the former.
-    """
-    total = sum(batch_sizes)
-    return total if len(output) == total else gcd(*batch_sizes)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

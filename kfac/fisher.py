@@ -11,12 +11,12 @@ Source:
 """
 
 from collections.abc import Iterator
-from typing import Literal, Protocol, cast, runtime_checkable
+from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from kfac.arguments import argument_error
+from kfac.arguments import argument_error, check, one_of
 
 FisherType = Literal["empirical", "mc", "type-2", "forward-only"]
 LossReduction = Literal["mean", "sum"]
@@ -263,6 +263,23 @@ _LIKELIHOODS: dict[type[nn.Module], type[_TermwiseLikelihood]] = {
     nn.BCEWithLogitsLoss: Bernoulli,
     nn.MSELoss: Gaussian,
 }
+
+
+def checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> FisherType:
+    """Return the Fisher matrix that a ``fisher=`` argument stands for.
+
+    Raises:
+        ValueError: If there is none of this name, or it needs a criterion and has none.
+    """
+    if fisher is None:
+        return "empirical" if criterion is None else "mc"
+    check(owner, "fisher", fisher, one_of(get_args(FisherType)))
+    if criterion is None and fisher in ("mc", "type-2"):
+        raise argument_error(
+            owner, "fisher", "'empirical' or 'forward-only' without a criterion", fisher,
+            "Pass criterion=, the loss module that the training loop calls.",
+        )  # fmt: skip
+    return fisher
 
 
 def likelihood_of(

@@ -4,15 +4,24 @@ import fnmatch
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from kfac.arguments import argument_error
+from kfac.arguments import Constraint, argument_error
 from kfac.layers import Layer, WeightSharing, layer_type_for, supported_base
 
 Skip = str | type[nn.Module]
 SharingRule = WeightSharing | Callable[[str, nn.Module], str]
+
+SKIP = Constraint(
+    "a sequence of module names, globs or types",
+    lambda v: (
+        isinstance(v, (list, tuple, set, frozenset))
+        and all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in v)
+    ),
+)
 
 # Names that wrappers give to what they wrap, beside the common "module" of the parallel ones.
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
@@ -194,6 +203,21 @@ def _own_bias(
     if uses[id(bias)] > 1:
         return None, "its weight is under K-FAC without it: shared by several modules"
     return bias, ""
+
+
+def checked_params(owner: str, params: Any) -> list[nn.Parameter]:
+    """Return the parameters of a ``params=`` argument as a list.
+
+    Raises:
+        ValueError: If it is no iterable of parameters, or all of them are frozen.
+    """
+    constraint = "an iterable of parameters, of which some require gradients"
+    given = None if isinstance(params, Tensor) else list(params)
+    if not given or not all(isinstance(p, Tensor) for p in given):
+        raise argument_error(owner, "params", constraint, params, "Pass model.parameters().")
+    if not any(p.requires_grad for p in given):
+        raise argument_error(owner, "params", constraint, f"{len(given)} frozen ones")
+    return given
 
 
 class _Skipped:

@@ -1,7 +1,7 @@
 """The engine: from backward passes to preconditioned gradients, without the update."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,40 +17,33 @@ from kfac.arguments import (
     check,
     one_of,
 )
-from kfac.capture import Capture, OutputSelector
+from kfac.capture import LOSS_TERMS, OUTPUTS, Capture, OutputSelector
 from kfac.curvature import Curvature
 from kfac.distributed.communication import Ranks
 from kfac.fisher import (
     FisherType,
     Likelihood,
     LossReduction,
+    checked_fisher,
     empirical_scale,
     likelihood_of,
 )
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
-from kfac.param_groups import SharingRule, Skip, Summary, find_layers, summarize
+from kfac.param_groups import (
+    SKIP,
+    SharingRule,
+    Skip,
+    Summary,
+    checked_params,
+    find_layers,
+    summarize,
+)
 from kfac.schedules import Scheduled
 from kfac.update import all_finite
+from kfac.vectors import OutputVectors
 
 Period = int | Callable[[int], int]
 Damping = float | Callable[[int], float]
-
-_SKIP = Constraint(
-    "a sequence of module names, globs or types",
-    lambda v: (
-        isinstance(v, (list, tuple, set, frozenset))
-        and all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in v)
-    ),
-)
-_OUTPUTS = Constraint(
-    "a key, an index, a callable or None",
-    lambda v: v is None or callable(v) or (isinstance(v, (str, int)) and not isinstance(v, bool)),
-)
-_LOSS_TERMS = Constraint(
-    "an integer >= 1, a callable or None",
-    lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
-)
-
 
 _GRAD_SCALER = Constraint(
     "a torch.amp.GradScaler or None",
@@ -150,14 +143,14 @@ class Preconditioner:
         if not isinstance(model, nn.Module):
             raise argument_error(owner, "model", "a torch.nn.Module", model)
         for argument, value, constraint, remedy in (
-            ("outputs", outputs, _OUTPUTS, ""),
+            ("outputs", outputs, OUTPUTS, ""),
             ("num_samples", num_samples, POSITIVE_INTEGER, ""),
             ("max_vectors", max_vectors, POSITIVE_INTEGER, ""),
             ("loss_reduction", loss_reduction, one_of(["mean", "sum", None]), ""),
-            ("loss_terms", loss_terms, _LOSS_TERMS, ""),
+            ("loss_terms", loss_terms, LOSS_TERMS, ""),
             ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
             ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
-            ("skip", skip, _SKIP, "A single entry still goes into a tuple."),
+            ("skip", skip, SKIP, "A single entry still goes into a tuple."),
             ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, ""),
             ("seed", seed, INTEGER, ""),
         ):
@@ -175,14 +168,14 @@ class Preconditioner:
         self.likelihood = (
             None if criterion is None else likelihood_of(criterion, loss_reduction, owner)
         )
-        self.fisher = _checked_fisher(owner, fisher, criterion)
+        self.fisher = checked_fisher(owner, fisher, criterion)
         _refuse_unused(owner, criterion, self.fisher, outputs, loss_terms, num_samples)
         self.loss_reduction: LossReduction = (
             self.likelihood.reduction if self.likelihood else loss_reduction or "mean"
         )
         self.model = model
         self.ranks = Ranks.of(model)
-        self.params = _checked_params(owner, model.parameters() if params is None else params)
+        self.params = checked_params(owner, model.parameters() if params is None else params)
         self.layers, self._reasons = find_layers(
             model,
             self.params,
@@ -196,6 +189,16 @@ class Preconditioner:
         self.steps = 0
         self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
         self._nonfinite = torch.zeros_like(self._dropped)
+        self._vectors = None
+        if self.likelihood is not None and self.fisher in ("mc", "type-2"):
+            self._vectors = OutputVectors(
+                self.likelihood,
+                self.fisher,
+                num_samples=num_samples,
+                max_vectors=max_vectors,
+                seed=int(seed),
+                rank=self.ranks.rank,
+            )
         self.capture = Capture(
             model,
             self.layers,
@@ -205,10 +208,7 @@ class Preconditioner:
             criterion=criterion,
             outputs=outputs,
             loss_terms=loss_terms,
-            num_samples=num_samples,
-            max_vectors=max_vectors,
-            seed=int(seed),
-            rank=self.ranks.rank,
+            vectors=self._vectors,
         )
 
     # --- one step, in the order in which it happens --------------------------------------------
@@ -396,7 +396,7 @@ class Preconditioner:
             "steps": self.steps,
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
-            "seed": self.capture.seed,
+            "seed": None if self._vectors is None else self._vectors.seed,
             **self.curvature.state_dict(),
         }
 
@@ -415,25 +415,14 @@ class Preconditioner:
         """
         self.check_loadable(state_dict)
         self.curvature.load_state_dict(state_dict)
-        self.capture.seed = state_dict["seed"]
+        if self._vectors is not None:
+            self._vectors.seed = state_dict["seed"]
         self.steps = state_dict["steps"]
         self.capture.end_step(self.steps)
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
         due = self._factors_due(self.steps)
         self.capture.schedule(active=due or self.curvature.is_waiting)
-
-
-def _checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> FisherType:
-    if fisher is None:
-        return "empirical" if criterion is None else "mc"
-    check(owner, "fisher", fisher, one_of(get_args(FisherType)))
-    if criterion is None and fisher in ("mc", "type-2"):
-        raise argument_error(
-            owner, "fisher", "'empirical' or 'forward-only' without a criterion", fisher,
-            "Pass criterion=, the loss module that the training loop calls.",
-        )  # fmt: skip
-    return fisher
 
 
 def _refuse_unused(
@@ -459,13 +448,3 @@ def _refuse_unused(
             owner, "num_samples", f"1 with fisher={fisher!r}", num_samples,
             "Only fisher='mc' samples.",
         )  # fmt: skip
-
-
-def _checked_params(owner: str, params: Any) -> list[nn.Parameter]:
-    constraint = "an iterable of parameters, of which some require gradients"
-    given = None if isinstance(params, Tensor) else list(params)
-    if not given or not all(isinstance(p, Tensor) for p in given):
-        raise argument_error(owner, "params", constraint, params, "Pass model.parameters().")
-    if not any(p.requires_grad for p in given):
-        raise argument_error(owner, "params", constraint, f"{len(given)} frozen ones")
-    return given

@@ -21,7 +21,8 @@ ALLOWED = {
     "fallback": NOTHING,
     "statistics": {"layers"},
     "param_groups": {"layers"},
-    "capture": {"fisher", "graph", "hooks", "layers", "statistics"},
+    "vectors": {"fisher"},
+    "capture": {"fisher", "graph", "hooks", "layers", "statistics", "vectors"},
     "distributed": NOTHING,
     "curvature": {"checkpoint", "distributed", "factors", "inverse", "layers"},
 }

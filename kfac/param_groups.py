@@ -178,11 +178,15 @@ def _obstacle(
     module: nn.Module, own: dict[str, nn.Parameter], trainable: set[int], uses: Counter[int]
 ) -> str | None:
     """Why K-FAC does not take a module, None if it does."""
-    if layer_type_for(module) is None:
+    layer_type = layer_type_for(module)
+    if layer_type is None:
         base = supported_base(module)
         if base is not None:
             return f"a subclass of {base.__name__} may compute something else"
         return f"{type(module).__name__} is not supported"
+    refusal = layer_type.refusal(module)
+    if refusal is not None:
+        return refusal
     weight = own.get("weight")
     if weight is None:
         return "its weight is not a parameter (parametrised)"

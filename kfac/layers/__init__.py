@@ -4,11 +4,12 @@ from torch import nn
 
 from kfac.layers.base import Layer, WeightSharing
 from kfac.layers.conv import Conv2dLayer
+from kfac.layers.embedding import EmbeddingLayer
 from kfac.layers.linear import LinearLayer
 
 _LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {
     module_type: layer_type
-    for layer_type in (LinearLayer, Conv2dLayer)
+    for layer_type in (LinearLayer, Conv2dLayer, EmbeddingLayer)
     for module_type in layer_type.module_types
 }
 

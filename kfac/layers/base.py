@@ -34,6 +34,8 @@ class Layer(ABC):
     """
 
     module_types: ClassVar[tuple[type[nn.Module], ...]]
+    # Inputs of which at most one is not zero have a diagonal second moment, however many they are.
+    has_one_hot_inputs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -58,7 +60,13 @@ class Layer(ABC):
             return "dense" if dim <= max_factor_dim else "diagonal"
 
         g_kind: FactorKind = "identity" if identity_g else kind(d_out)
-        self.shape = BlockShape(groups, d_in, d_out, kind(d_in), g_kind)
+        a_kind: FactorKind = "diagonal" if self.has_one_hot_inputs else kind(d_in)
+        self.shape = BlockShape(groups, d_in, d_out, a_kind, g_kind)
+
+    @classmethod
+    def refusal(cls, module: nn.Module) -> str | None:
+        """Why a module of this type is not taken for what it is set to, None if it is."""
+        return None
 
     @property
     def has_bias(self) -> bool:

@@ -283,7 +283,8 @@ class Preconditioner:
         pending = self.curvature.has_pending
         if pending or self.ranks.size > 1:
             g_scale = self._g_scale(gradient_scale) if pending else torch.ones(())
-            self._dropped += self.curvature.fold(self.factor_decay, g_scale, accept, self.ranks)
+            dropped = self.curvature.fold(self.factor_decay, g_scale, accept, self.ranks)
+            self._dropped += dropped.to(self._dropped)
         else:
             self._explain_missing_statistics()
 

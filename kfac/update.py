@@ -44,7 +44,7 @@ def kl_clip_scale(
     for direction, gradient, lr in zip(directions, gradients, lrs, strict=True):
         precise = torch.promote_types(direction.dtype, torch.float32)
         inner = (direction.to(precise) * gradient.to(precise)).sum()
-        terms.append((lr * lr * inner).to(device))
+        terms.append((lr * lr * inner).reshape(()).to(device))
     return (kl_clip / torch.stack(terms).sum().abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
 
 
@@ -85,7 +85,8 @@ def descend(
     parameters, directions = list(parameters), list(directions)
     first = parameters[0]
     accept = accept.to(first.device)
-    rate = torch.where(accept, torch.as_tensor(lr, dtype=first.dtype, device=first.device), 0.0)
+    rate = torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
+    rate = torch.where(accept, rate, 0.0)
     moves = [torch.where(accept, d, 0.0) for d in directions]
     if maximize:
         torch._foreach_neg_(moves)

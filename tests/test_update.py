@@ -95,4 +95,5 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
         optimizer.step()
         return model.weight.detach()
 
-    torch.testing.assert_close(train(0.1), train(torch.tensor(0.1)))
+    for lr in (torch.tensor(0.1), torch.tensor([0.1])):
+        torch.testing.assert_close(train(0.1), train(lr))

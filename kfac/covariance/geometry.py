@@ -19,11 +19,13 @@ _TORCH_MODES = {
 }
 # How far the padding must stay below the input's size, where torch has a limit.
 _SHORTFALL = {"circular": 0, "reflect": 1}
-_SPATIAL_DIMS = 2
+_MOST_SPATIAL_DIMS = 3
 
 
 class PatchGeometry(TypedDict, total=False):
-    """Where a convolution's kernel is applied; names, values and defaults of ``nn.Conv2d``.
+    """Where a convolution's kernel is applied; names, values and defaults of ``nn.Conv1d`` to 3d.
+
+    One number stands for all spatial dimensions, a sequence gives one for each.
 
     Keys:
         stride: Distance between neighbouring patches in pixels, at least 1; default 1.
@@ -98,9 +100,12 @@ def windows_of(
 ) -> Windows:
     """Check the arguments of ``owner``, cast ``x`` to the dtype of sums, and pad it."""
     x = to_accumulator(owner, x)
-    if x.dim() != _SPATIAL_DIMS + 2 or min(x.shape[1:]) < 1:
-        constraint = "of shape [N, C, H, W] with at least one channel and pixel"
-        remedy = "Only two-dimensional convolutions are supported, with the examples first."
+    if not 0 < x.dim() - 2 <= _MOST_SPATIAL_DIMS or min(x.shape[1:]) < 1:
+        constraint = (
+            f"of shape [N, C, *spatial] with one to {_MOST_SPATIAL_DIMS} spatial dimensions, "
+            "at least one channel and pixel"
+        )
+        remedy = "Add the dimension of examples where it is missing: x.unsqueeze(0)."
         raise argument_error(owner, "x", constraint, list(x.shape), remedy)
     layout = layout_of(owner, tuple(x.shape[2:]), kernel_size, **geometry)
     if x.shape[1] % layout.groups:
@@ -125,14 +130,16 @@ def layout_of(
     padding_mode: PaddingMode = "zeros",
 ) -> Layout:
     """Check the arguments of ``owner`` against an input of size ``spatial``."""
-    if len(spatial) != _SPATIAL_DIMS:
-        raise argument_error(owner, "spatial", "height and width", spatial, "Pass x.shape[2:].")
+    dims = len(spatial)
+    if not 0 < dims <= _MOST_SPATIAL_DIMS:
+        constraint = f"one to {_MOST_SPATIAL_DIMS} sizes"
+        raise argument_error(owner, "spatial", constraint, spatial, "Pass x.shape[2:].")
     if groups < 1:
         remedy = "Pass the layer's own groups."
         raise argument_error(owner, "groups", "an integer of at least 1", groups, remedy)
-    kernel = _per_axis(owner, "kernel_size", kernel_size, least=1)
-    strides = _per_axis(owner, "stride", stride, least=1)
-    dilations = _per_axis(owner, "dilation", dilation, least=1)
+    kernel = _per_axis(owner, "kernel_size", kernel_size, dims, least=1)
+    strides = _per_axis(owner, "stride", stride, dims, least=1)
+    dilations = _per_axis(owner, "dilation", dilation, dims, least=1)
     spans = tuple(d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True))
     margins = _margins(owner, padding, spans, strides)
     _check_padding_mode(owner, padding_mode, margins, spatial)
@@ -149,11 +156,14 @@ def _axes(layout: Layout) -> "zip[tuple[int, int, int]]":
     return zip(layout.kernel, layout.stride, layout.dilation, strict=True)
 
 
-def _per_axis(owner: str, argument: str, value: int | Sequence[int], least: int) -> tuple[int, ...]:
-    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * _SPATIAL_DIMS
-    if len(sizes) != _SPATIAL_DIMS or not all(isinstance(s, int) and s >= least for s in sizes):
-        constraint = f"an integer of at least {least}, or {_SPATIAL_DIMS} of them"
-        raise argument_error(owner, argument, constraint, value, "Pass the layer's own setting.")
+def _per_axis(
+    owner: str, argument: str, value: int | Sequence[int], dims: int, least: int
+) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * dims
+    if len(sizes) != dims or not all(isinstance(s, int) and s >= least for s in sizes):
+        constraint = f"an integer of at least {least}, or {dims} of them"
+        remedy = "Pass the layer's own setting, and its input with the examples first."
+        raise argument_error(owner, argument, constraint, value, remedy)
     return sizes
 
 
@@ -171,8 +181,9 @@ def _margins(
     if isinstance(padding, str) and padding != "valid":
         remedy = "Pass the layer's own padding."
         raise argument_error(owner, "padding", "'same', 'valid' or in pixels", padding, remedy)
-    pixels = _per_axis(owner, "padding", 0 if isinstance(padding, str) else padding, least=0)
-    return tuple((size, size) for size in pixels)
+    pixels = 0 if isinstance(padding, str) else padding
+    sizes = _per_axis(owner, "padding", pixels, len(spans), least=0)
+    return tuple((size, size) for size in sizes)
 
 
 def _check_padding_mode(

@@ -34,8 +34,8 @@ def patch_covariance(
     ``W = weight.flatten(1)``.
 
     Args:
-        x: Input ``[N, C, H, W]`` of the convolution.
-        kernel_size: Height and width of the kernel in pixels.
+        x: Input ``[N, C, *spatial]`` of the convolution, one to three spatial dimensions.
+        kernel_size: Size of the kernel in pixels, per spatial dimension.
         stride: As in :class:`PatchGeometry`, like the four that follow.
         padding: See there.
         dilation: See there.
@@ -44,14 +44,15 @@ def patch_covariance(
         bias: Append the constant 1 to every patch, as its last element.
 
     Returns:
-        ``[groups, d, d]`` with ``d = C/groups·kH·kW (+ 1)``, in the order of ``weight.flatten(1)``;
-        float32, or float64 for a float64 input; symmetric up to rounding.
+        ``[groups, d, d]`` with ``d = C/groups·|kernel| (+ 1)`` for a kernel of ``|kernel|`` pixels,
+        in the order of ``weight.flatten(1)``; float32, or float64 for a float64 input; symmetric up
+        to rounding.
 
     Raises:
         ValueError: An argument is out of range, or the kernel does not fit into the padded input.
 
     Cost: ``groups·N·T·d²`` multiply-adds for ``T`` output positions. Extra memory of the padded
-    input and 16 MiB of patches, or those of one row of outputs where they take more.
+    input and 16 MiB of patches, or a single patch that takes more.
 
     Source: Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution
     layers", section 3; there ``A`` is averaged over examples, here the caller divides.
@@ -80,20 +81,21 @@ def extract_patches(
     convolution's output without bias, its positions flattened.
 
     Args:
-        x: Input ``[N, C, H, W]`` of the convolution.
-        kernel_size: Height and width of the kernel in pixels.
+        x: Input ``[N, C, *spatial]`` of the convolution, one to three spatial dimensions.
+        kernel_size: Size of the kernel in pixels, per spatial dimension.
         **geometry: See :class:`PatchGeometry`.
 
     Returns:
-        ``[N, groups, d, T]``, ``d = C/groups·kH·kW``, dtype as in :func:`patch_covariance`.
+        ``[N, groups, d, T]``, ``d = C/groups·|kernel|``, dtype as in :func:`patch_covariance`.
 
     Raises:
         ValueError: As :func:`patch_covariance`.
 
-    Cost: a copy of ``x`` times ``kH·kW``, divided by the stride in both directions.
+    Cost: a copy of ``x`` times the size of the kernel, divided by the stride in each direction.
     """
     windows = windows_of("extract_patches", x, kernel_size, **geometry)
-    patches = windows.view().permute(0, 1, 4, 5, 2, 3)
+    output, kernel = _dims(windows)
+    patches = windows.view().permute(0, 1, *kernel, *output)
     return patches.reshape(len(x), windows.layout.groups, windows.rows, windows.layout.positions)
 
 
@@ -103,8 +105,8 @@ def patch_count(
     """Count the positions ``T`` at which the kernel is applied to one example.
 
     Args:
-        spatial: Height and width of the input in pixels, ``x.shape[2:]``.
-        kernel_size: Height and width of the kernel in pixels.
+        spatial: Size of the input in pixels, ``x.shape[2:]``.
+        kernel_size: Size of the kernel in pixels, per spatial dimension.
         **geometry: See :class:`PatchGeometry`; ``groups`` has no influence.
 
     Returns:
@@ -128,8 +130,8 @@ def patch_mean(
     Formula: ``āₙ = (1/T) Σₜ aₙₜ``.
 
     Args:
-        x: Input ``[N, C, H, W]`` of the convolution.
-        kernel_size: Height and width of the kernel in pixels.
+        x: Input ``[N, C, *spatial]`` of the convolution, one to three spatial dimensions.
+        kernel_size: Size of the kernel in pixels, per spatial dimension.
         bias: Append the constant 1.
         **geometry: See :class:`PatchGeometry`.
 
@@ -139,7 +141,8 @@ def patch_mean(
     Raises:
         ValueError: As :func:`patch_covariance`.
 
-    Cost: about ``kH`` passes over ``x`` (one direction is summed after the other); no patches.
+    Cost: one direction is summed after the other, with about as many passes over ``x`` as the
+    kernel has pixels in the first; no patches.
 
     Source: Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural
     Network Architectures", section 3.2 (the "reduce" setting).
@@ -161,8 +164,8 @@ def patch_second_moment_diagonal(
     Formula: ``Σₙ Σₜ aₙₜ²``, element by element.
 
     Args:
-        x: Input ``[N, C, H, W]`` of the convolution.
-        kernel_size: Height and width of the kernel in pixels.
+        x: Input ``[N, C, *spatial]`` of the convolution, one to three spatial dimensions.
+        kernel_size: Size of the kernel in pixels, per spatial dimension.
         bias: Append the entry of the constant, ``N·T``.
         **geometry: See :class:`PatchGeometry`.
 
@@ -179,21 +182,29 @@ def patch_second_moment_diagonal(
     return F.pad(diagonal, (0, 1), value=float(windows.patches)) if bias else diagonal
 
 
+def _dims(windows: Windows) -> tuple[range, range]:
+    """Dimensions of the outputs and of the kernel in the view of all patches."""
+    dims = len(windows.layout.kernel)
+    return range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+
+
 def _sum_of_products(windows: Windows) -> Tensor:
     groups, rows = windows.layout.groups, windows.rows
     total = windows.x.new_zeros(groups, rows, rows)
-    for part in _parts(windows):
-        columns = part.permute(1, 4, 5, 0, 2, 3).reshape(groups, rows, -1)
+    output, kernel = _dims(windows)
+    patches = max(1, _CHUNK_BYTES // (groups * rows * windows.x.element_size()))
+    for part in _parts(windows.view(), (0, *output), patches):
+        columns = part.permute(1, *kernel, 0, *output).reshape(groups, rows, -1)
         total.baddbmm_(columns, columns.mT)  # in place: autocast then leaves it in float32
     return total
 
 
-def _parts(windows: Windows) -> Iterator[Tensor]:
-    """Split the view of all patches into pieces of bounded size, over examples, then rows."""
-    line = (
-        windows.layout.groups * windows.rows * windows.layout.output[-1] * windows.x.element_size()
-    )
-    lines = max(1, _CHUNK_BYTES // line)
-    height = windows.layout.output[0]
-    for examples in torch.split(windows.view(), max(1, lines // height)):
-        yield from torch.split(examples, min(lines, height), dim=2)
+def _parts(view: Tensor, dims: tuple[int, ...], patches: int) -> Iterator[Tensor]:
+    """Split the view of all patches into pieces of at most ``patches``, along ``dims`` in turn."""
+    first, *rest = dims
+    inner = prod(view.shape[dim] for dim in rest)
+    for part in torch.split(view, max(1, patches // inner), first):
+        if inner > patches:
+            yield from _parts(part, tuple(rest), patches)
+        else:
+            yield part

@@ -25,8 +25,8 @@ DEFAULTS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else value
+def at(axis: int, value: int | tuple[int, ...]) -> int:
+    return value if isinstance(value, int) else value[axis]
 
 
 def margins(padding: Any, kernel: int, dilation: int, axis: int) -> tuple[int, int]:
@@ -35,7 +35,7 @@ def margins(padding: Any, kernel: int, dilation: int, axis: int) -> tuple[int, i
     if padding == "same":
         total = dilation * (kernel - 1)
         return total // 2, total - total // 2
-    return pair(padding)[axis], pair(padding)[axis]
+    return at(axis, padding), at(axis, padding)
 
 
 def source(index: int, size: int, mode: str) -> int:
@@ -51,7 +51,7 @@ def source(index: int, size: int, mode: str) -> int:
 
 def lines(size: int, kernel: int, axis: int, geometry: dict[str, Any]) -> list[list[int]]:
     """List, for every output position along one axis, the pixels under the kernel."""
-    stride, dilation = pair(geometry["stride"])[axis], pair(geometry["dilation"])[axis]
+    stride, dilation = at(axis, geometry["stride"]), at(axis, geometry["dilation"])
     before, after = margins(geometry["padding"], kernel, dilation, axis)
     starts = range(-before, size + after - dilation * (kernel - 1), stride)
     mode = geometry["padding_mode"]
@@ -61,12 +61,10 @@ def lines(size: int, kernel: int, axis: int, geometry: dict[str, Any]) -> list[l
 def oracle_patches(x: Tensor, kernel: Any, bias: bool = False, **geometry: Any) -> np.ndarray:
     """Build the patches ``[N, groups, T, d]``."""
     geometry = DEFAULTS | geometry
-    height, width = x.shape[2:]
-    pixels = np.pad(x.double().numpy(), ((0, 0), (0, 0), (0, 1), (0, 1)))
-    rows = lines(height, pair(kernel)[0], 0, geometry)
-    columns = lines(width, pair(kernel)[1], 1, geometry)
-    positions = [pixels[:, :, r, :][..., c] for r, c in product(rows, columns)]
-    result = np.stack(positions, axis=1)  # [N, T, C, kH, kW]
+    pixels = np.pad(x.double().numpy(), [(0, 0)] * 2 + [(0, 1)] * (x.dim() - 2))
+    axes = [lines(n, at(axis, kernel), axis, geometry) for axis, n in enumerate(x.shape[2:])]
+    positions = [pixels[:, :, *np.ix_(*window)] for window in product(*axes)]
+    result = np.stack(positions, axis=1)  # [N, T, C, *kernel]
     row = int(np.prod(result.shape[2:]))
     shape = (len(x), len(positions), geometry["groups"], row // geometry["groups"])
     result = result.reshape(shape).swapaxes(1, 2)
@@ -130,6 +128,31 @@ def test_grid(geometry: dict[str, Any]) -> None:
     assert_moments(random(2, 4, 5, 6), (3, 2), **geometry)
 
 
+@pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        {},
+        {"stride": 2, "padding": 1},
+        {"padding": "same", "dilation": 2},
+        {"padding": "valid", "stride": 3, "groups": 2},
+        {"padding": 2, "dilation": 2, "groups": 4},
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize(
+    ("shape", "kernel"),
+    [((7,), 1), ((7,), 3), ((8,), (2,)), ((4, 3, 5), 1), ((3, 4, 5), 2), ((3, 5, 4), (1, 3, 2))],
+    ids=name,
+)
+def test_one_and_three_dimensions(
+    shape: tuple[int, ...], kernel: Any, geometry: dict[str, Any], mode: str
+) -> None:
+    if "padding" not in geometry and mode != "zeros":
+        return
+    assert_moments(random(2, 4, *shape), kernel, padding_mode=mode, **geometry)
+
+
 @pytest.mark.parametrize("kernel", [1, 2, 3, 4, (1, 3), (4, 1)], ids=name)
 @pytest.mark.parametrize("mode", ["zeros", "circular", "reflect", "replicate"])
 def test_same_padding_of_odd_and_even_kernels(kernel: Any, mode: str) -> None:
@@ -137,18 +160,22 @@ def test_same_padding_of_odd_and_even_kernels(kernel: Any, mode: str) -> None:
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
-    def twice(low: int, high: int) -> tuple[int, int]:
-        return draw(st.tuples(st.integers(low, high), st.integers(low, high)))
+def problems(draw: st.DrawFn) -> tuple[Tensor, tuple[int, ...], dict[str, Any]]:
+    dims = draw(st.integers(1, 3))
+    largest = 7 if dims < 3 else 4
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return draw(st.tuples(*[st.integers(low, high)] * dims))
 
     groups = draw(st.integers(1, 3))
     channels = groups * draw(st.integers(1, 2))
     geometry = {
-        "stride": twice(1, 3), "padding": twice(0, 3), "dilation": twice(1, 3), "groups": groups,
+        "stride": each(1, 3), "padding": each(0, largest // 2), "dilation": each(1, 3),
+        "groups": groups,
         "padding_mode": draw(st.sampled_from(["zeros", "circular", "reflect", "replicate"])),
     }  # fmt: skip
-    x = random(draw(st.integers(0, 3)), channels, *twice(1, 7))
-    return x, twice(1, 4), geometry
+    x = random(draw(st.integers(0, 3)), channels, *each(1, largest))
+    return x, each(1, largest // 2 + 1), geometry
 
 
 @given(problems())
@@ -156,7 +183,8 @@ def problems(draw: st.DrawFn) -> tuple[Tensor, tuple[int, int], dict[str, Any]]:
 def test_any_geometry_that_torch_accepts(problem: Any) -> None:
     x, kernel, geometry = problem
     groups = geometry["groups"]
-    convolution = nn.Conv2d(x.shape[1], 2 * groups, kernel, dtype=torch.float64, **geometry)
+    kind = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[x.dim() - 3]
+    convolution = kind(x.shape[1], 2 * groups, kernel, dtype=torch.float64, **geometry)
     try:
         output = convolution(x)
     except RuntimeError:
@@ -167,7 +195,7 @@ def test_any_geometry_that_torch_accepts(problem: Any) -> None:
     assert_is_torch_convolution(convolution, x, output)
 
 
-def assert_is_torch_convolution(convolution: nn.Conv2d, x: Tensor, output: Tensor) -> None:
+def assert_is_torch_convolution(convolution: nn.Module, x: Tensor, output: Tensor) -> None:
     """The output is ``W a`` and the weight gradient ``Σ b aᵀ`` for the patches ``a``."""
     geometry = {key: getattr(convolution, key) for key in DEFAULTS}
     rows = extract_patches(x, convolution.kernel_size, **geometry)
@@ -209,10 +237,14 @@ def test_memory_layouts(layout: str, groups: int, kernel: int) -> None:
     assert_moments(LAYOUTS[layout](random(3, 4, 5, 6)), kernel, groups=groups, stride=2)
 
 
+@pytest.mark.parametrize("shape", [(30,), (5, 6), (4, 2, 3)], ids=name)
 @pytest.mark.parametrize("limit", [1, 700, 3000, 10000])
-def test_pieces_of_any_size_add_up(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_pieces_of_any_size_add_up(
+    monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(patches, "_CHUNK_BYTES", limit)
-    assert_moments(random(5, 2, 5, 6), 3, padding=1, dilation=(1, 2))
+    dilation = (2, *[1] * (len(shape) - 1))[::-1]
+    assert_moments(random(5, 2, *shape), 3, padding=1, dilation=dilation)
 
 
 class LargestClone(TorchDispatchMode):
@@ -227,11 +259,14 @@ class LargestClone(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("shape", [(1024,), (32, 32), (2, 32, 32), (2, 1024, 1)], ids=name)
 @pytest.mark.parametrize("limit", [2**16, 2**18])
-def test_materialised_patches_stay_bounded(monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+def test_materialised_patches_stay_bounded(
+    monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
+) -> None:
     monkeypatch.setattr(patches, "_CHUNK_BYTES", limit)
     with LargestClone() as largest:
-        patch_covariance(random(4, 8, 32, 32), 3, padding=1)
+        patch_covariance(random(4, 8, *shape), (3,) * len(shape), padding=1)
     assert limit / 2 < largest.bytes <= limit
 
 
@@ -272,8 +307,10 @@ def test_autocast_does_not_lower_precision(kernel: int) -> None:
 
 X = torch.zeros(2, 4, 5, 6)
 ERRORS: list[tuple[Tensor, dict[str, Any], str]] = [
-    (X[0], {}, r"x=\.\.\.\) must be of shape \[N, C, H, W\] .*, but got \[4, 5, 6\]\. Only"),
-    (X[:, :, None], {}, r"x=\.\.\.\) must be of shape \[N, C, H, W\]"),
+    (X[0, 0], {}, r"x=\.\.\.\) must be of shape \[N, C, \*spatial\] .*, but got \[5, 6\]\. Add"),
+    (X[:, :, None, None], {}, r"x=\.\.\.\) must be of shape .* with one to 3 spatial dimensions"),
+    (X[0], {"kernel_size": (3, 3)}, r"kernel_size=\.\.\.\) must be .* 1 of them.* examples first"),
+    (X[:, :, None], {"stride": (1, 1)}, r"stride=\.\.\.\) must be .* or 3 of them, but got"),
     (X[..., :0], {}, r"x=\.\.\.\) must be .* one channel and pixel, but got \[2, 4, 5, 0\]"),
     (X.int(), {}, r"x=\.\.\.\) must be a floating-point tensor, but got torch.int32"),
     (X, {"kernel_size": 0}, r"kernel_size=\.\.\.\) must be an integer of at least 1, .* got 0\. "),
@@ -305,10 +342,11 @@ def test_errors(function: Any, x: Tensor, arguments: dict[str, Any], message: st
 
 
 def test_errors_of_patch_count() -> None:
-    with pytest.raises(
-        ValueError, match=r"^patch_count\(spatial=\.\.\.\) must be height and width"
-    ):
-        patch_count((4, 5, 6), 3)
+    for spatial in [(), (4, 5, 6, 7)]:
+        with pytest.raises(
+            ValueError, match=r"^patch_count\(spatial=\.\.\.\) must be one to 3 sizes"
+        ):
+            patch_count(spatial, 3)
     with pytest.raises(ValueError, match=r"^patch_count\(kernel_size=\.\.\.\) must be"):
         patch_count((2, 2), 3)
 

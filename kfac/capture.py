@@ -216,6 +216,9 @@ class Capture:
         if not (self.active and trains and recorded):
             return None
         x = argument(args, kwargs, 0, "input")
+        problem = layer.problem_of_call(x, output)
+        if problem is not None:
+            raise RuntimeError(problem)
         recomputed = torch._C._current_graph_task_id() != -1
         on_gradient = partial(self._visit, layer, self._record, recomputed)
         if self._calls is not None:

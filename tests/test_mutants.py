@@ -19,7 +19,7 @@ from kfac.capture import Capture
 from kfac.curvature import Curvature
 from kfac.factors import Bucket
 from kfac.fisher import Bernoulli, CrossEntropy, _TermwiseLikelihood
-from kfac.layers.conv import Conv2dLayer
+from kfac.layers.conv import ConvLayer
 from kfac.layers.linear import LinearLayer
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
@@ -42,10 +42,10 @@ def replace(owner: object, name: str, replacement: Replacement) -> Callable:
 
 def without_geometry(key: str, value: object) -> Callable:
     """A convolution whose factors know nothing of one of its arguments."""
-    return replace(Conv2dLayer, "geometry", lambda original, self: original(self) | {key: value})
+    return replace(ConvLayer, "geometry", lambda original, self: original(self) | {key: value})
 
 
-def positions(layer: Conv2dLayer, x: Tensor) -> int:
+def positions(layer: ConvLayer, x: Tensor) -> int:
     return layer.rows(x) // len(x)
 
 
@@ -80,7 +80,7 @@ def last_call_wins(
     original(bucket, index, name, moment, rows)
 
 
-def average_groups(original: Replacement, layer: Conv2dLayer, x: Tensor) -> Tensor:
+def average_groups(original: Replacement, layer: ConvLayer, x: Tensor) -> Tensor:
     moment = original(layer, x)
     return moment.mean(0, keepdim=True).expand_as(moment)
 
@@ -147,13 +147,13 @@ COUNTED = untouched.test_only_the_training_pass_is_counted
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]] = {
     # factors
     "A of a convolution misses 1/T": (
-        replace(Conv2dLayer, "rows", lambda original, self, x: len(x)),
+        replace(ConvLayer, "rows", lambda original, self, x: len(x)),
         EXPLICIT,
         ("convolution", "expand", "type-2"),
     ),
     "G of a convolution is averaged over positions": (
         replace(
-            Conv2dLayer,
+            ConvLayer,
             "gradient_moment",
             lambda original, self, g: original(self, g) / (g.shape[2] * g.shape[3]),
         ),
@@ -162,7 +162,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
     ),
     "reduce: inputs summed over positions": (
         replace(
-            Conv2dLayer,
+            ConvLayer,
             "input_mean",
             lambda original, self, x, n: original(self, x, n) * positions(self, x),
         ),
@@ -171,7 +171,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
     ),
     "reduce: gradients averaged over positions": (
         replace(
-            Conv2dLayer,
+            ConvLayer,
             "gradient_sum",
             lambda original, self, g, n: original(self, g, n) / (g.shape[2] * g.shape[3]),
         ),
@@ -188,7 +188,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
     "padding ignored": (without_geometry("padding", (0, 0)), NATURAL, ("padding",)),
     "padding_mode ignored": (without_geometry("padding_mode", "zeros"), NATURAL, ("circular",)),
     "groups averaged": (
-        replace(Conv2dLayer, "input_moment", average_groups),
+        replace(ConvLayer, "input_moment", average_groups),
         EXPLICIT,
         ("convolution, groups", "expand", "type-2"),
     ),

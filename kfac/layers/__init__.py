@@ -3,13 +3,13 @@
 from torch import nn
 
 from kfac.layers.base import Layer, WeightSharing
-from kfac.layers.conv import Conv2dLayer
+from kfac.layers.conv import ConvLayer, ConvTransposeLayer
 from kfac.layers.embedding import EmbeddingLayer
 from kfac.layers.linear import LinearLayer
 
 _LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {
     module_type: layer_type
-    for layer_type in (LinearLayer, Conv2dLayer, EmbeddingLayer)
+    for layer_type in (LinearLayer, ConvLayer, ConvTransposeLayer, EmbeddingLayer)
     for module_type in layer_type.module_types
 }
 

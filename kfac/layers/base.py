@@ -83,6 +83,10 @@ class Layer(ABC):
         """Type of the factors: that of the weight, but float32 at least."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
+    def problem_of_call(self, x: Tensor, output: Tensor) -> str | None:
+        """What a call has computed that the module's settings do not say, None if nothing."""
+        return None
+
     @abstractmethod
     def dimensions(self) -> tuple[int, int, int]:
         """Groups, inputs and outputs per group, without the bias."""

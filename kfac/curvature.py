@@ -182,6 +182,8 @@ class Curvature:
     ) -> dict[nn.Parameter, Tensor]:
         """Return (F + λI)⁻¹ g for every parameter whose layer has an inverse and a gradient.
 
+        In the dtype of the factors, in which it may be larger than the parameter's dtype holds.
+
         Args:
             gradients: Gradients of the mean loss.
             damping: λ by layer name.
@@ -202,7 +204,7 @@ class Curvature:
             for layer, matrix in zip(layers, result, strict=True):
                 for parameter, part in zip(layer.parameters, layer.unmatrix(matrix), strict=True):
                     if parameter in gradients:
-                        directions[parameter] = part.to(parameter.dtype)
+                        directions[parameter] = part
         return directions
 
     def _usable(self, name: str, gradients: Mapping[nn.Parameter, Tensor]) -> bool:

@@ -222,8 +222,9 @@ class KFAC(torch.optim.Optimizer):
             What the closure returned, None without one.
 
         Raises:
-            RuntimeError: If statistics are due and there are none, or cannot be scaled; nothing has
-                changed then.
+            RuntimeError: If statistics are due and there are none, or cannot be scaled (nothing has
+                changed then), or if a layer's factors could not be decomposed too many times in a
+                row (the factors have changed, the parameters have not).
         """
         engine = self._engine
         loss = None
@@ -241,10 +242,11 @@ class KFAC(torch.optim.Optimizer):
         engine.update_factors(finite, scale_seen)
         engine.curvature.refresh(damping, due=plan.refresh)
         directions = engine.curvature.precondition(gradients, damping)
-        self._clip(directions, gradients)
-        self._descend(gradients | directions, finite)
-        self._step_fallback(gradients, finite)
-        engine.advance(plan)
+        directions = self._clipped(directions, gradients)
+        accept = finite & all_finite(list(directions.values()))
+        self._descend(gradients | directions, accept)
+        self._step_fallback(gradients, accept)
+        engine.advance(plan, accept)
         return loss
 
     def _overflowed(self) -> bool:
@@ -277,21 +279,20 @@ class KFAC(torch.optim.Optimizer):
             by_parameter |= {id(p): group["damping"] for p in group["params"]}
         return {layer.name: by_parameter[id(layer.weight)] for layer in self._engine.layers}
 
-    def _clip(
-        self, directions: dict[nn.Parameter, Tensor], gradients: Mapping[nn.Parameter, Tensor]
-    ) -> None:
-        """Scale the preconditioned gradients into the trust region, in place."""
-        if self.kl_clip is None or not directions:
-            return
-        lrs = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-        self._kl_clip_scale = kl_clip_scale(
-            list(directions.values()),
-            [gradients[p] for p in directions],
-            [lrs[id(p)] for p in directions],
-            self.kl_clip,
-        )
-        for parameter, direction in directions.items():
-            directions[parameter] = direction * self._kl_clip_scale.to(direction)
+    def _clipped(
+        self, directions: Mapping[nn.Parameter, Tensor], gradients: Mapping[nn.Parameter, Tensor]
+    ) -> dict[nn.Parameter, Tensor]:
+        """The preconditioned gradients scaled into the trust region, in the parameters' dtype."""
+        if self.kl_clip is not None and directions:
+            lrs = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
+            self._kl_clip_scale = kl_clip_scale(
+                list(directions.values()),
+                [gradients[p] for p in directions],
+                [lrs[id(p)] for p in directions],
+                self.kl_clip,
+            )
+            directions = {p: d * self._kl_clip_scale.to(d) for p, d in directions.items()}
+        return {p: d.to(p.dtype) for p, d in directions.items()}
 
     def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
         elsewhere = self._fallback_ids if self._fallback is not None else set()

@@ -230,12 +230,15 @@ class Preconditioner:
         damping = dict.fromkeys(self.curvature.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
         self.curvature.refresh(damping, due=plan.refresh)
-        directions = self.curvature.precondition(gradients, damping)
+        directions = {
+            p: d.to(p.dtype) for p, d in self.curvature.precondition(gradients, damping).items()
+        }
+        accept = finite & all_finite(list(directions.values()))
         for parameter, gradient in gradients.items():
             assert parameter.grad is not None
             direction = directions.get(parameter, gradient)
-            parameter.grad.copy_(torch.where(finite, direction, parameter.grad))
-        self.advance(plan)
+            parameter.grad.copy_(torch.where(accept, direction, parameter.grad))
+        self.advance(plan, accept)
 
     def plan(self) -> StepPlan:
         """Read the schedules before anything changes, so that a bad value fails harmlessly."""
@@ -276,7 +279,6 @@ class Preconditioner:
         """
         if self.capture.active:
             self._fold_statistics(accept, gradient_scale)
-        self._nonfinite += (~accept).to(self._nonfinite)
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
@@ -328,9 +330,10 @@ class Preconditioner:
             "the model that K-FAC was given, with gradients enabled" + remedy
         )
 
-    def advance(self, plan: StepPlan) -> None:
-        """Count a completed step."""
+    def advance(self, plan: StepPlan, accept: Tensor) -> None:
+        """Count a completed step, and whether it was accepted."""
         self.steps += 1
+        self._nonfinite += (~accept).to(self._nonfinite)
         self.capture.end_step(self.steps)
         self.curvature.discard()
         self.capture.schedule(active=plan.capture_next or self.curvature.is_waiting)
@@ -374,7 +377,8 @@ class Preconditioner:
         """Counts so far; reading them waits for the device.
 
         "dropped_statistics" counts layers' statistics that were not finite or came with a gradient
-        that was not; "nonfinite_batches" counts steps with such a gradient, which changed nothing.
+        that was not; "nonfinite_batches" counts steps with such a gradient or such a preconditioned
+        gradient, which changed no parameter.
         """
         return {
             "steps": self.steps,

@@ -8,6 +8,7 @@ import test_exactness as exactness
 import test_gradients_untouched as untouched
 import test_invariance as invariance
 import torch
+from mutants import Replacement, replace
 from torch import Tensor
 
 import kfac.damping
@@ -23,21 +24,6 @@ from kfac.layers.conv import ConvLayer
 from kfac.layers.linear import LinearLayer
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
-
-Replacement = Callable[..., Any]  # of (original, *arguments)
-
-
-def replace(owner: object, name: str, replacement: Replacement) -> Callable:
-    """A mutant: `owner.name(...)` becomes `replacement(original, ...)`."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        original = getattr(owner, name)
-        if isinstance(original, property):
-            patch.setattr(owner, name, property(lambda self: replacement(original.fget, self)))
-        else:
-            patch.setattr(owner, name, lambda *a, **k: replacement(original, *a, **k))
-
-    return plant
 
 
 def without_geometry(key: str, value: object) -> Callable:

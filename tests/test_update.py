@@ -86,6 +86,27 @@ def test_the_trust_region_is_open_where_there_is_no_step() -> None:
     assert kl_clip_scale(zero, zero, [0.1], 1e-3).item() == 1.0
 
 
+def test_a_step_that_overflows_half_precision_is_rejected_or_clipped() -> None:
+    def train(kl_clip: float | None) -> tuple[nn.Module, KFAC]:
+        torch.manual_seed(0)
+        model = nn.Linear(2, 2, bias=False).half()
+        optimizer = KFAC(model, lr=1e-3, kl_clip=kl_clip, damping=1e-12, fisher="forward-only")
+        model.weight.grad = torch.full((2, 2), 1.0, dtype=torch.float16)
+        optimizer._engine.curvature.accumulate("", "A", 1e-9 * torch.eye(2).unsqueeze(0), 1)
+        optimizer.step()
+        return model, optimizer
+
+    torch.manual_seed(0)
+    before = nn.Linear(2, 2, bias=False).half().weight
+    model, optimizer = train(None)
+    assert torch.equal(model.weight, before)
+    assert optimizer.diagnostics()["nonfinite_batches"] == 1
+    model, optimizer = train(1e-9)
+    assert model.weight.isfinite().all()
+    assert not torch.equal(model.weight, before)
+    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+
+
 def test_a_learning_rate_may_be_a_tensor() -> None:
     def train(lr: float | torch.Tensor) -> torch.Tensor:
         torch.manual_seed(0)

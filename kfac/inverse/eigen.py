@@ -16,10 +16,10 @@ class Eigen(Inverse):
     """Precondition by Q_G [(Q_Gᵀ V Q_A) / (λ_G λ_Aᵀ + λ)] Q_Aᵀ.
 
     Damps exactly, and λ takes effect at every step without a refresh. The decomposition costs
-    about ten times that of ``"cholesky"``, the step twice.
+    several times that of ``"cholesky"``, the step twice as many matrix products.
 
     Cost:
-        Refresh ≈ 10·d³ per factor, step 2·d_out·d_in·(d_out + d_in) per layer; memory as the
+        Refresh O(d³) per factor, step 2·d_out·d_in·(d_out + d_in) per layer; memory as the
         factors.
 
     Source:

@@ -13,6 +13,7 @@ from typing import Any
 import oracles
 import pytest
 import torch
+from mutants import replace
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
@@ -342,19 +343,6 @@ def test_another_output_size_is_refused(sharing: str, size: list[int]) -> None:
 
 
 # Mutants
-
-
-def replace(owner: object, name: str, replacement: Callable[..., Any]) -> Callable:
-    """A mutant: `owner.name(...)` becomes `replacement(original, ...)`."""
-
-    def plant(patch: pytest.MonkeyPatch) -> None:
-        original = getattr(owner, name)
-        if isinstance(original, property):
-            patch.setattr(owner, name, property(lambda self: replacement(original.fget, self)))
-        else:
-            patch.setattr(owner, name, lambda *a, **k: replacement(original, *a, **k))
-
-    return plant
 
 
 def geometry(key: str, value: Callable[[Any], Any]) -> Callable:

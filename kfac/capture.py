@@ -181,7 +181,7 @@ class Capture:
         """On the first forward, warn of weights that are used outside of their modules too."""
         if not (self.active and self._calls):
             return
-        uses = count_uses(outputs, {layer.name: layer.weight for layer in self._calls})
+        uses = count_uses(outputs, {layer.name: layer.weight.parameter for layer in self._calls})
         for layer, calls in self._calls.items():
             if uses[layer.name] > calls:
                 warnings.warn(
@@ -211,7 +211,7 @@ class Capture:
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor | None:
         """Put a tap on a layer's output if its statistics are due."""
-        trains = layer.module.weight is layer.weight and layer.weight.requires_grad
+        trains = layer.module.weight is layer.weight.parameter and layer.is_trained
         recorded = torch.is_grad_enabled() and output.requires_grad
         if not (self.active and trains and recorded):
             return None
@@ -263,7 +263,7 @@ class Capture:
         """Whether the backward pass that is under way is the user's and trains the model."""
         if Capture._running:
             return False
-        weights = [layer.weight for layer in self._layers if layer.weight.requires_grad]
+        weights = [layer.weight.parameter for layer in self._layers if layer.is_trained]
         return not weights or any(map(receives_gradient, weights))
 
     def _count_terms(self, record: ForwardRecord) -> None:
@@ -396,7 +396,9 @@ class Capture:
         if self.needs_pass and self._pass is None:
             self._refuse_reentrant(layer, recomputed)
             return last
-        if self._pass is None and (torch.is_grad_enabled() or not receives_gradient(layer.weight)):
+        if self._pass is None and (
+            torch.is_grad_enabled() or not receives_gradient(layer.weight.parameter)
+        ):
             return last  # a derivative inside the loss, or by an input
         is_counted = self._pass is not None and last is self._pass
         self.statistics.take(layer, record, None if is_counted else x, gradient)

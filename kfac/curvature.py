@@ -11,7 +11,7 @@ from kfac import checkpoint
 from kfac.distributed.communication import Ranks
 from kfac.factors import fill_buckets
 from kfac.inverse import Inverse, merge
-from kfac.layers import Layer
+from kfac.layers import Layer, Piece
 
 
 class Curvature:
@@ -29,7 +29,7 @@ class Curvature:
             [layer.name for layer in layers],
             [layer.shape for layer in layers],
             [layer.dtype for layer in layers],
-            [layer.weight.device for layer in layers],
+            [layer.weight.parameter.device for layer in layers],
         )
         self.states: list[dict[str, Tensor]] = [
             {
@@ -194,21 +194,21 @@ class Curvature:
             if not members:
                 continue
             layers = [self.layers[bucket.names[i]] for i in members]
-            self._move(index, gradients[layers[0].weight].device)
+            self._move(index, gradients[layers[0].weight.parameter].device)
             state = self.states[index]
             if len(members) < len(bucket.names):
                 state = {key: tensor[members] for key, tensor in state.items()}
-            stacked = torch.stack([_gradient_matrix(la, gradients, bucket.dtype) for la in layers])
+            stacked = torch.stack([la.gradient_matrix(gradients).to(bucket.dtype) for la in layers])
             amounts = self._vector([damping[layer.name] for layer in layers], index)
             result = self.inverse.precondition(state, stacked, amounts)
             for layer, matrix in zip(layers, result, strict=True):
-                for parameter, part in zip(layer.parameters, layer.unmatrix(matrix), strict=True):
-                    if parameter in gradients:
-                        directions[parameter] = part
+                for piece, part in zip(layer.pieces, layer.unmatrix(matrix), strict=True):
+                    if piece.parameter in gradients:
+                        _place(directions, piece, part, gradients[piece.parameter])
         return directions
 
     def _usable(self, name: str, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
-        if self.layers[name].weight not in gradients:
+        if self.layers[name].weight.parameter not in gradients:
             return False
         if not self._seen[name] and name not in self._warned:
             self._warned.add(name)
@@ -270,9 +270,13 @@ class Curvature:
         self._made_from = [None] * len(self.buckets)
 
 
-def _gradient_matrix(
-    layer: Layer, gradients: Mapping[nn.Parameter, Tensor], dtype: torch.dtype
-) -> Tensor:
-    bias = layer.bias
-    bias_gradient = None if bias is None else gradients.get(bias, torch.zeros_like(bias))
-    return layer.matrix(gradients[layer.weight], bias_gradient).to(dtype)
+def _place(
+    directions: dict[nn.Parameter, Tensor], piece: Piece, part: Tensor, gradient: Tensor
+) -> None:
+    """Set a piece's part of a parameter's direction; the other parts start as the gradient."""
+    if piece.rows is None:
+        directions[piece.parameter] = part
+        return
+    if piece.parameter not in directions:
+        directions[piece.parameter] = gradient.to(part.dtype, copy=True)
+    piece.of(directions[piece.parameter]).copy_(part)

@@ -277,7 +277,9 @@ class KFAC(torch.optim.Optimizer):
                 group["damping"] = _plain(schedule.at(self._engine.steps))
             check("KFAC", "damping", group["damping"], POSITIVE, "(edited in a parameter group)")
             by_parameter |= {id(p): group["damping"] for p in group["params"]}
-        return {layer.name: by_parameter[id(layer.weight)] for layer in self._engine.layers}
+        return {
+            layer.name: by_parameter[id(layer.weight.parameter)] for layer in self._engine.layers
+        }
 
     def _clipped(
         self, directions: Mapping[nn.Parameter, Tensor], gradients: Mapping[nn.Parameter, Tensor]

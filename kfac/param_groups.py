@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from kfac.arguments import Constraint, argument_error
-from kfac.layers import Layer, WeightSharing, layer_type_for, supported_base
+from kfac.layers import Layer, Piece, WeightSharing, layer_type_for, supported_base
 
 Skip = str | type[nn.Module]
 SharingRule = WeightSharing | Callable[[str, nn.Module], str]
@@ -151,43 +151,49 @@ def find_layers(
     for raw_name, module in model.named_modules():
         name, own = names[raw_name], dict(module.named_parameters(recurse=False))
         _refuse_lazy(owner, name, own)
-        reason = skipped.reason(name) or _obstacle(module, own, trainable, uses)
-        if reason is not None:
-            reasons |= {_joined(name, p): reason for p in own}
-            continue
-        bias, bias_reason = _own_bias(own, trainable, uses)
-        reasons[_joined(name, "bias")] = bias_reason
         layer_type = layer_type_for(module)
-        assert layer_type is not None
-        layers.append(
-            layer_type(
-                name,
-                module,
-                weight_sharing=_sharing(owner, weight_sharing, name, module),
-                weight=own["weight"],
-                bias=bias,
-                max_factor_dim=max_factor_dim,
-                identity_g=identity_g,
+        reason = skipped.reason(name) or _unsupported(module)
+        if reason is not None or layer_type is None:
+            reasons |= {_joined(name, p): str(reason) for p in own}
+            continue
+        reasons |= {_joined(name, p): "not part of a linear layer" for p in own}
+        for part in layer_type.parts(module):
+            if part.weight not in own and getattr(module, part.weight, None) is None:
+                continue
+            reason = _obstacle(own.get(part.weight), trainable, uses)
+            if reason is not None:
+                reasons |= {_joined(name, p): reason for p in (part.weight, part.bias) if p in own}
+                continue
+            bias, bias_reason = _own_bias(own.get(part.bias), trainable, uses)
+            reasons[_joined(name, part.bias)] = bias_reason
+            layers.append(
+                layer_type(
+                    _joined(name, part.suffix) if part.suffix else name,
+                    module,
+                    weight_sharing=_sharing(owner, weight_sharing, name, module),
+                    weight=Piece(own[part.weight], part.weight_rows),
+                    bias=None if bias is None else Piece(bias, part.bias_rows),
+                    max_factor_dim=max_factor_dim,
+                    identity_g=identity_g,
+                )
             )
-        )
     skipped.check_all_used()
     return layers, reasons
 
 
-def _obstacle(
-    module: nn.Module, own: dict[str, nn.Parameter], trainable: set[int], uses: Counter[int]
-) -> str | None:
+def _unsupported(module: nn.Module) -> str | None:
     """Why K-FAC does not take a module, None if it does."""
     layer_type = layer_type_for(module)
-    if layer_type is None:
-        base = supported_base(module)
-        if base is not None:
-            return f"a subclass of {base.__name__} may compute something else"
-        return f"{type(module).__name__} is not supported"
-    refusal = layer_type.refusal(module)
-    if refusal is not None:
-        return refusal
-    weight = own.get("weight")
+    if layer_type is not None:
+        return layer_type.refusal(module)
+    base = supported_base(module)
+    if base is not None:
+        return f"a subclass of {base.__name__} may compute something else"
+    return f"{type(module).__name__} is not supported"
+
+
+def _obstacle(weight: nn.Parameter | None, trainable: set[int], uses: Counter[int]) -> str | None:
+    """Why K-FAC does not take a weight, None if it does."""
     if weight is None:
         return "its weight is not a parameter (parametrised)"
     if id(weight) not in trainable:
@@ -198,10 +204,9 @@ def _obstacle(
 
 
 def _own_bias(
-    own: dict[str, nn.Parameter], trainable: set[int], uses: Counter[int]
+    bias: nn.Parameter | None, trainable: set[int], uses: Counter[int]
 ) -> tuple[nn.Parameter | None, str]:
     """The bias that is trained together with its weight, or why there is none."""
-    bias = own.get("bias")
     if bias is None or id(bias) not in trainable:
         return None, "its weight is under K-FAC without it: not trained at construction"
     if uses[id(bias)] > 1:
@@ -319,7 +324,7 @@ def _treatment(
         return "untrained", "", "frozen"
     if layer is None:
         return "fallback", "", reason or "added after construction"
-    if not layer.weight.requires_grad:
+    if not layer.is_trained:
         return "fallback", "", "its weight is not trained"
     shapes = layer.shape.factor_shapes().items()
     note = "expanded: its leading size is no multiple of the batch size"

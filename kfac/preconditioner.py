@@ -317,7 +317,7 @@ class Preconditioner:
         return terms if isinstance(terms, Tensor) else torch.tensor(terms, dtype=torch.float64)
 
     def _explain_missing_statistics(self) -> None:
-        if all(layer.weight.grad is None for layer in self.layers):
+        if all(layer.weight.parameter.grad is None for layer in self.layers):
             return
         remedy = "."
         if self.capture.needs_pass:

@@ -78,7 +78,7 @@ class Statistics:
             examples = self._examples(layer, record, gradient)
             if examples is None:
                 if x is not None:
-                    self.sink(layer.name, "A", layer.input_moment(x), layer.rows(x))
+                    self.sink(layer.name, "A", layer.input_moment(x), layer.row_count(x))
                 if self.with_gradients:
                     self.sink(layer.name, "G", layer.gradient_moment(gradient), 0)
             else:
@@ -107,7 +107,7 @@ class Statistics:
             self._open.append(record)
         sums = record.sums.setdefault(layer.name, PositionSums(layer))
         if x is not None:
-            rows = layer.rows(x)
+            rows = layer.row_count(x)
             inputs = layer.input_mean(x, examples) * (rows // examples)
             sums.inputs = inputs if sums.inputs is None else sums.inputs + inputs
             sums.rows += rows

@@ -239,8 +239,13 @@ def solve(fisher: Tensor, damping: float, gradient: Tensor) -> Tensor:
     return torch.linalg.solve(damped, gradient.flatten(1)).view_as(gradient)
 
 
+def kron(left: Tensor, right: Tensor) -> Tensor:
+    """`torch.kron`, which does not take every layout that an einsum may return."""
+    return torch.kron(left.contiguous(), right.contiguous())
+
+
 def kronecker(a: Tensor, g: Tensor) -> Tensor:
-    return torch.stack([torch.kron(right, left) for left, right in zip(a, g, strict=True)])
+    return torch.stack([kron(right, left) for left, right in zip(a, g, strict=True)])
 
 
 def solve_exact_damping(a: Tensor, g: Tensor, damping: float, gradient: Tensor) -> Tensor:
@@ -255,7 +260,7 @@ def solve_factored_damping(a: Tensor, g: Tensor, damping: float, gradient: Tenso
         mean_left, mean_right = left.diagonal().mean(), right.diagonal().mean()
         pi = (mean_left / mean_right).sqrt() if mean_left > 0 and mean_right > 0 else 1.0
         damped.append(
-            torch.kron(
+            kron(
                 right + damping**0.5 / pi * torch.eye(len(right), dtype=right.dtype),
                 left + pi * damping**0.5 * torch.eye(len(left), dtype=left.dtype),
             )

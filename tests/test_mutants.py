@@ -32,7 +32,7 @@ def without_geometry(key: str, value: object) -> Callable:
 
 
 def positions(layer: ConvLayer, x: Tensor) -> int:
-    return layer.rows(x) // len(x)
+    return layer.row_count(x) // len(x)
 
 
 def inverted_average(original: Replacement, bucket: Bucket, *arguments: object) -> Tensor:
@@ -76,7 +76,7 @@ def count_without_grad(
 ) -> Tensor | None:
     if not torch.is_grad_enabled():
         x = args[0]
-        capture.statistics.sink(layer.name, "A", layer.input_moment(x), layer.rows(x))
+        capture.statistics.sink(layer.name, "A", layer.input_moment(x), layer.row_count(x))
     return original(capture, layer, args, *rest)
 
 

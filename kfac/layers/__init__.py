@@ -2,16 +2,14 @@
 
 from torch import nn
 
-from kfac.layers.base import Layer, WeightSharing
+from kfac.layers.base import Layer, Part, Piece, WeightSharing
 from kfac.layers.conv import ConvLayer, ConvTransposeLayer
 from kfac.layers.embedding import EmbeddingLayer
 from kfac.layers.linear import LinearLayer
 
-_LAYER_TYPES: dict[type[nn.Module], type[Layer]] = {
-    module_type: layer_type
-    for layer_type in (LinearLayer, ConvLayer, ConvTransposeLayer, EmbeddingLayer)
-    for module_type in layer_type.module_types
-}
+_CLASSES: tuple[type[Layer], ...] = (LinearLayer, ConvLayer, ConvTransposeLayer, EmbeddingLayer)
+_LAYER_TYPES = {module_type: layer for layer in _CLASSES for module_type in layer.module_types}
+_FOREIGN_TYPES = {name: layer for layer in _CLASSES for name in layer.foreign_types}
 
 
 def layer_type_for(module: nn.Module) -> type[Layer] | None:
@@ -20,7 +18,8 @@ def layer_type_for(module: nn.Module) -> type[Layer] | None:
     A subclass may compute something else (parametrised or quantised modules do), so it is not
     taken for its base class.
     """
-    return _LAYER_TYPES.get(type(module))
+    own = type(module)
+    return _LAYER_TYPES.get(own) or _FOREIGN_TYPES.get(f"{own.__module__}.{own.__qualname__}")
 
 
 def supported_base(module: nn.Module) -> type[nn.Module] | None:
@@ -28,4 +27,4 @@ def supported_base(module: nn.Module) -> type[nn.Module] | None:
     return next((t for t in type(module).__mro__ if t in _LAYER_TYPES), None)
 
 
-__all__ = ["Layer", "WeightSharing", "layer_type_for", "supported_base"]
+__all__ = ["Layer", "Part", "Piece", "WeightSharing", "layer_type_for", "supported_base"]

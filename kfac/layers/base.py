@@ -1,6 +1,8 @@
-"""What a layer type provides: second moments of its inputs and output gradients, its gradient."""
+"""What a layer type provides: rows of inputs and output gradients, moments, a gradient matrix."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -11,20 +13,62 @@ from kfac.factors import BlockShape, FactorKind
 WeightSharing = Literal["expand", "reduce"]
 
 
-class Layer(ABC):
-    """One module under K-FAC.
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """A parameter, or a range of its rows: a packed projection holds those of three layers."""
 
-    A layer s = W a (+ b) has a gradient matrix ``[groups, d_out, d_in]``, where the bias is the
-    weight of a constant-1 last input. Everything below this class sees only that matrix and the
-    factors A ``[groups, d_in, d_in]`` and G ``[groups, d_out, d_out]``; everything that depends on
-    the type of the module is in its subclasses.
+    parameter: nn.Parameter
+    rows: slice | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The piece's part of a tensor shaped like the parameter."""
+        return tensor if self.rows is None else tensor[self.rows]
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the piece."""
+        return self.of(self.parameter).shape
+
+    @property
+    def size(self) -> int:
+        """Number of elements of the piece."""
+        return self.shape.numel()
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which of a module's parameters make up one linear layer.
+
+    Attributes:
+        suffix: Added to the module's name to make the layer's; empty where there is one part.
+        weight: Attribute that holds the weight.
+        bias: Attribute that holds the bias, which may be missing.
+        weight_rows: Range of the weight's rows, None for all.
+        bias_rows: Range of the bias' rows, None for all.
+    """
+
+    suffix: str = ""
+    weight: str = "weight"
+    bias: str = "bias"
+    weight_rows: slice | None = None
+    bias_rows: slice | None = None
+
+
+class Layer(ABC):
+    """One linear layer under K-FAC: s = W a (+ b).
+
+    Its gradient is a matrix ``[groups, d_out, d_in]``, where the bias is the weight of a constant-1
+    last input. Everything below this class sees only that matrix and the factors
+    A ``[groups, d_in, d_in]`` and G ``[groups, d_out, d_out]``; everything that depends on the type
+    of the module is in its subclasses. They have to provide the rows a and the gradients of s;
+    moments, means and sums follow, and are overridden where there is a faster way.
 
     Args:
-        name: Dotted name of the module in the model.
+        name: Dotted name of the module in the model, with the part's suffix.
         module: The module; its type is one of ``module_types`` exactly.
         weight_sharing: How positions that share the weight enter the factors.
-        weight: The module's weight.
-        bias: The module's bias if it is trained together with the weight.
+        weight: The weight.
+        bias: The bias if it is trained together with the weight.
         max_factor_dim: A factor larger than this keeps only its diagonal.
         identity_g: Keep no G at all (forward-only curvature).
 
@@ -33,7 +77,9 @@ class Layer(ABC):
         Network Architectures", section 3.
     """
 
-    module_types: ClassVar[tuple[type[nn.Module], ...]]
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
+    # Dotted names of types in packages that need not be installed.
+    foreign_types: ClassVar[tuple[str, ...]] = ()
     # Inputs of which at most one is not zero have a diagonal second moment, however many they are.
     has_one_hot_inputs: ClassVar[bool] = False
 
@@ -43,8 +89,8 @@ class Layer(ABC):
         module: nn.Module,
         *,
         weight_sharing: WeightSharing,
-        weight: nn.Parameter,
-        bias: nn.Parameter | None,
+        weight: Piece,
+        bias: Piece | None,
         max_factor_dim: int,
         identity_g: bool,
     ) -> None:
@@ -68,20 +114,35 @@ class Layer(ABC):
         """Why a module of this type is not taken for what it is set to, None if it is."""
         return None
 
+    @classmethod
+    def parts(cls, module: nn.Module) -> Sequence[Part]:
+        """The linear layers that a module of this type consists of."""
+        return [Part()]
+
     @property
     def has_bias(self) -> bool:
         """Whether the block contains the bias."""
         return self.bias is not None
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters in this layer's block."""
+    def pieces(self) -> list[Piece]:
+        """What this layer's block consists of: the weight, then the bias."""
         return [self.weight] if self.bias is None else [self.weight, self.bias]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters of :attr:`pieces`."""
+        return [piece.parameter for piece in self.pieces]
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the weight still requires a gradient."""
+        return self.weight.parameter.requires_grad
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the factors: that of the weight, but float32 at least."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
+        return torch.promote_types(self.weight.parameter.dtype, torch.float32)
 
     def problem_of_call(self, x: Tensor, output: Tensor) -> str | None:
         """What a call has computed that the module's settings do not say, None if nothing."""
@@ -91,43 +152,64 @@ class Layer(ABC):
     def dimensions(self) -> tuple[int, int, int]:
         """Groups, inputs and outputs per group, without the bias."""
 
-    @abstractmethod
-    def rows(self, x: Tensor) -> int:
-        """Number of rows a in the module's input: examples times positions."""
-
-    @abstractmethod
-    def input_moment(self, x: Tensor) -> Tensor:
-        """Σ a aᵀ (or its diagonal) over all rows of the module's input."""
-
-    @abstractmethod
-    def gradient_moment(self, g: Tensor) -> Tensor:
-        """Σ g gᵀ (or its diagonal) over all rows of the gradient of the module's output."""
-
-    @abstractmethod
-    def input_mean(self, x: Tensor, examples: int) -> Tensor:
-        """Mean of a over the positions of each example, ``[examples, groups, d_in]``."""
-
-    @abstractmethod
-    def gradient_sum(self, g: Tensor, examples: int) -> Tensor:
-        """Sum of g over the positions of each example, ``[examples, groups, d_out]``."""
+    # --- inputs and output gradients -----------------------------------------------------------
 
     @abstractmethod
     def leading_size(self, x: Tensor) -> int:
         """Size of the axis of the input that holds the examples; 1 without such an axis."""
 
+    @abstractmethod
+    def row_count(self, x: Tensor) -> int:
+        """Number of rows a in the module's input: examples times positions."""
+
+    @abstractmethod
+    def input_rows(self, x: Tensor, examples: int) -> Tensor:
+        """The inputs a ``[examples, positions, groups, d_in]``, with a last 1 for a bias."""
+
+    @abstractmethod
+    def gradient_rows(self, g: Tensor, examples: int) -> Tensor:
+        """The gradients of s ``[examples, positions, groups, d_out]``."""
+
+    def input_moment(self, x: Tensor) -> Tensor:
+        """Σ a aᵀ (or its diagonal) over all rows of the module's input."""
+        return row_moment(self.input_rows(x, 1)[0], self.shape.a_kind)
+
+    def gradient_moment(self, g: Tensor) -> Tensor:
+        """Σ g gᵀ (or its diagonal) over all rows of the gradient of the module's output."""
+        return row_moment(self.gradient_rows(g, 1)[0], self.shape.g_kind)
+
+    def input_mean(self, x: Tensor, examples: int) -> Tensor:
+        """Mean of a over the positions of each example, ``[examples, groups, d_in]``."""
+        return self.input_rows(x, examples).mean(1)
+
+    def gradient_sum(self, g: Tensor, examples: int) -> Tensor:
+        """Sum of g over the positions of each example, ``[examples, groups, d_out]``."""
+        return self.gradient_rows(g, examples).sum(1)
+
+    # --- parameters as a matrix ----------------------------------------------------------------
+
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Arrange tensors shaped like the parameters as ``[groups, d_out, d_in]``."""
+        """Arrange tensors shaped like the pieces as ``[groups, d_out, d_in]``."""
         matrix = weight.reshape(self.shape.groups, self.shape.d_out, -1)
         if bias is None:
             return matrix
         return torch.cat([matrix, bias.reshape(self.shape.groups, -1, 1)], dim=-1)
 
     def unmatrix(self, matrix: Tensor) -> list[Tensor]:
-        """Undo :meth:`matrix`: tensors shaped like :attr:`parameters`, in that order."""
-        weight = self.weight
+        """Undo :meth:`matrix`: tensors shaped like :attr:`pieces`, in that order."""
         if self.bias is None:
-            return [matrix.reshape(weight.shape)]
-        return [matrix[..., :-1].reshape(weight.shape), matrix[..., -1].reshape(self.bias.shape)]
+            return [matrix.reshape(self.weight.shape)]
+        weight, bias = matrix[..., :-1], matrix[..., -1]
+        return [weight.reshape(self.weight.shape), bias.reshape(self.bias.shape)]
+
+    def gradient_matrix(self, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """The layer's gradient ``[groups, d_out, d_in]``, zero for a bias without one."""
+        weight = self.weight.of(gradients[self.weight.parameter])
+        if self.bias is None:
+            return self.matrix(weight, None)
+        parameter = self.bias.parameter
+        bias = gradients[parameter] if parameter in gradients else torch.zeros_like(parameter)
+        return self.matrix(weight, self.bias.of(bias))
 
 
 def row_moment(rows: Tensor, kind: FactorKind) -> Tensor:

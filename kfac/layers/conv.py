@@ -10,12 +10,13 @@ from torch.nn.modules.conv import _ConvNd
 from kfac.covariance import (
     PatchGeometry,
     channel_covariance,
+    extract_patches,
     patch_count,
     patch_covariance,
     patch_mean,
     patch_second_moment_diagonal,
 )
-from kfac.layers.base import Layer, row_moment
+from kfac.layers.base import Layer, append_one
 
 
 class ConvLayer(Layer):
@@ -62,7 +63,7 @@ class ConvLayer(Layer):
         """Size of the first axis; 1 for an unbatched ``[C, *spatial]``."""
         return len(self._batched(x))
 
-    def rows(self, x: Tensor) -> int:
+    def row_count(self, x: Tensor) -> int:
         """Examples times output locations."""
         x = self._batched(x)
         return len(x) * self.positions(tuple(x.shape[2:]))
@@ -77,11 +78,21 @@ class ConvLayer(Layer):
 
     def gradient_moment(self, g: Tensor) -> Tensor:
         """Second moment of the gradient's columns of ``g [N, C_out, *spatial]``, per group."""
-        g = self._batched(g).to(self.dtype)
         if self.shape.groups == 1 and self.shape.g_kind == "dense":
-            return channel_covariance(g).unsqueeze(0)
-        columns = g.movedim(1, -1).reshape(-1, self.shape.groups, self.shape.d_out)
-        return row_moment(columns, self.shape.g_kind)
+            return channel_covariance(self._batched(g).to(self.dtype)).unsqueeze(0)
+        return super().gradient_moment(g)
+
+    def input_rows(self, x: Tensor, examples: int) -> Tensor:
+        """The patches; further leading axes count as positions."""
+        x = self.patched(self._batched(x).to(self.dtype))
+        columns = extract_patches(x, self.module.kernel_size, **self.geometry)
+        rows = columns.permute(0, 3, 1, 2).reshape(examples, -1, *columns.shape[1:3])
+        return append_one(rows) if self.has_bias else rows
+
+    def gradient_rows(self, g: Tensor, examples: int) -> Tensor:
+        """The gradient's columns, per group."""
+        columns = self._batched(g).to(self.dtype).movedim(1, -1)
+        return columns.reshape(examples, -1, self.shape.groups, self.shape.d_out)
 
     def input_mean(self, x: Tensor, examples: int) -> Tensor:
         """Mean patch of each example; further leading axes count as positions."""

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from kfac.layers.base import Layer, row_moment
+from kfac.layers.base import Layer
 
 
 class EmbeddingLayer(Layer):
@@ -38,7 +38,7 @@ class EmbeddingLayer(Layer):
         """Size of the first axis; 1 for a single token."""
         return x.shape[0] if x.dim() else 1
 
-    def rows(self, x: Tensor) -> int:
+    def row_count(self, x: Tensor) -> int:
         """Number of tokens."""
         return x.numel()
 
@@ -46,19 +46,22 @@ class EmbeddingLayer(Layer):
         """How often each token occurs in ``x``, ``[1, num_embeddings]``."""
         return self._counts(x.reshape(1, -1))
 
-    def gradient_moment(self, g: Tensor) -> Tensor:
-        """Second moment of the rows of ``g [..., embedding_dim]``."""
-        rows = g.reshape(-1, 1, g.shape[-1]).to(self.dtype)
-        return row_moment(rows, self.shape.g_kind)
-
     def input_mean(self, x: Tensor, examples: int) -> Tensor:
         """Relative frequency of each token in each example."""
         tokens = x.reshape(examples, -1)
         return self._counts(tokens).unsqueeze(1) / tokens.shape[1]
 
-    def gradient_sum(self, g: Tensor, examples: int) -> Tensor:
-        """Sum over all axes between the examples and the features."""
-        return g.reshape(examples, -1, g.shape[-1]).to(self.dtype).sum(1).unsqueeze(1)
+    def input_rows(self, x: Tensor, examples: int) -> Tensor:
+        """One-hot rows ``[examples, tokens, 1, num_embeddings]``, of zeros for padding.
+
+        Cost: ``num_embeddings`` numbers per token.
+        """
+        tokens = x.reshape(-1, 1)
+        return self._counts(tokens).reshape(examples, -1, 1, self.shape.d_in)
+
+    def gradient_rows(self, g: Tensor, examples: int) -> Tensor:
+        """All axes between the examples and the features are positions."""
+        return g.reshape(examples, -1, 1, g.shape[-1]).to(self.dtype)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The table transposed, ``[1, embedding_dim, num_embeddings]``."""

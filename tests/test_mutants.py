@@ -133,7 +133,7 @@ COUNTED = untouched.test_only_the_training_pass_is_counted
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]] = {
     # factors
     "A of a convolution misses 1/T": (
-        replace(ConvLayer, "rows", lambda original, self, x: len(x)),
+        replace(ConvLayer, "row_count", lambda original, self, x: len(x)),
         EXPLICIT,
         ("convolution", "expand", "type-2"),
     ),
@@ -165,7 +165,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ("3×3",),
     ),
     "Linear over a sequence misses 1/S": (
-        replace(LinearLayer, "rows", lambda original, self, x: len(x)),
+        replace(LinearLayer, "row_count", lambda original, self, x: len(x)),
         NATURAL,
         ("sequences",),
     ),

@@ -12,7 +12,6 @@ a batch that was given up, wherever in the loop it stands.
 """
 
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -23,10 +22,12 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac.arguments import POSITIVE_INTEGER, Constraint, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
-from kfac.graph import count_uses, mark, mark_of, marks_behind, receives_gradient
+from kfac.graph import mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
+from kfac.linear_calls import LinearCalls, Target
 from kfac.statistics import ForwardRecord, Sink, Statistics
+from kfac.uses import Uses
 from kfac.vectors import OutputVectors
 
 OutputSelector = str | int | Callable[[Any], Tensor]
@@ -93,12 +94,16 @@ class Capture:
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
-        # Calls of each layer in the first forward, until its graph has been checked.
-        self._calls: Counter[Layer] | None = Counter()
+        self._uses: Uses | None = Uses()  # until the first forward has been checked
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
         self._model = model
         self._layers = layers
+        self._linear_calls = LinearCalls(
+            [layer for layer in layers if layer.calls_linear], self._tap_linear
+        )
+        # Linear layers next to each other, and the hooks on the module that holds them.
+        self._looking: list[tuple[list[Layer], list[RemovableHandle]]] = []
         self._handles = self._register(model, layers, criterion)
 
     def _register(
@@ -110,12 +115,37 @@ class Capture:
             model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         for layer in layers:
-            hook = ModuleHook(layer.module, self._tap, layer)
-            # First in line: what other hooks make of the output is not the layer's own output.
-            handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
+            if not layer.is_functional:
+                hook = ModuleHook(layer.module, self._tap_call, layer)
+                # First in line: what other hooks make of the output is not the layer's own output.
+                handle = layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
+                handles.append(handle)
+        handles += self._register_looks(model, layers)
         if isinstance(criterion, nn.Module):
             hook = ModuleHook(criterion, self._claim)
             handles.append(criterion.register_forward_pre_hook(hook, with_kwargs=True))
+        return handles
+
+    def _register_looks(self, model: nn.Module, layers: Sequence[Layer]) -> list[RemovableHandle]:
+        """Watch the modules that may use linear layers' weights without calling the layers."""
+        handles = []
+        for module in model.modules():
+            children = set(module.children())
+            nearby = [
+                layer
+                for layer in layers
+                if (layer.calls_linear and layer.module in children)
+                or (layer.is_functional and layer.module is module)
+            ]
+            if not nearby or type(module) is nn.Sequential:
+                continue
+            before, after = ModuleHook(module, self._look), ModuleHook(module, self._look_away)
+            pair = [
+                module.register_forward_pre_hook(before),
+                module.register_forward_hook(after, always_call=True),
+            ]
+            self._looking.append((nearby, pair))
+            handles += pair
         return handles
 
     def remove(self) -> None:
@@ -178,19 +208,15 @@ class Capture:
             self._watch_unclaimed(record, self._select(output))
 
     def _check_uses(self, outputs: Sequence[Tensor]) -> None:
-        """On the first forward, warn of weights that are used outside of their modules too."""
-        if not (self.active and self._calls):
+        """After the first forward, report what was not seen and stop looking where all was."""
+        if not self.active or self._uses is None or not self._uses.taps:
             return
-        uses = count_uses(outputs, {layer.name: layer.weight.parameter for layer in self._calls})
-        for layer, calls in self._calls.items():
-            if uses[layer.name] > calls:
-                warnings.warn(
-                    f"The weight of the layer {layer.name!r} is used {uses[layer.name]} times in "
-                    f"the forward pass, but its module is called only {calls} times. K-FAC does "
-                    "not see the other uses; leave the layer to the fallback with skip=.",
-                    stacklevel=2,
-                )
-        self._calls = None
+        self._uses.warn_of_unseen(outputs)
+        for children, handles in self._looking:
+            if self._uses.were_only_called(children):
+                for handle in handles:
+                    handle.remove()
+        self._uses = None
 
     def _watch_unclaimed(self, record: ForwardRecord, output: Tensor | None) -> None:
         """Be ready for a loss that is not computed by the criterion object."""
@@ -207,24 +233,47 @@ class Capture:
             output = self.outputs(output) if callable(self.outputs) else output[self.outputs]
         return output if isinstance(output, Tensor) else None
 
-    def _tap(
+    def _tap_call(
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor | None:
-        """Put a tap on a layer's output if its statistics are due."""
-        trains = layer.module.weight is layer.weight.parameter and layer.is_trained
-        recorded = torch.is_grad_enabled() and output.requires_grad
-        if not (self.active and trains and recorded):
+        """A layer's module was called: put a tap on its output if its statistics are due."""
+        if not (self._is_due(layer, output) and layer.module.weight is layer.weight.parameter):
             return None
-        x = argument(args, kwargs, 0, "input")
+        if self._uses is not None:
+            self._uses.calls[layer] += 1
+        if mark_of(output, f"{self._key} tapped"):
+            return None  # the call inside of the module was seen
+        x = layer.observed(args, kwargs)
         problem = layer.problem_of_call(x, output)
         if problem is not None:
             raise RuntimeError(problem)
+        return self._tap([Target(layer.as_called())], x, output)
+
+    def _tap_linear(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
+        """``F.linear`` was called with a layer's weight: likewise."""
+        due = [target for target in targets if self._is_due(target.layer, output)]
+        return self._tap(due, x, output) if due else output
+
+    def _is_due(self, layer: Layer, output: Tensor) -> bool:
+        recorded = torch.is_grad_enabled() and output.requires_grad
+        return self.active and recorded and layer.is_trained
+
+    def _tap(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
         recomputed = torch._C._current_graph_task_id() != -1
-        on_gradient = partial(self._visit, layer, self._record, recomputed)
-        if self._calls is not None:
-            self._calls[layer] += 1
+        on_gradient = partial(self._visit, targets, self._record, recomputed)
+        if self._uses is not None:
+            self._uses.taps.update(target.layer for target in targets)
         tapped: Tensor = Tap.apply(output, self._probe(output.device), x.detach(), on_gradient)
+        mark(tapped, f"{self._key} tapped", True)
         return tapped
+
+    def _look(self, *_: Any) -> None:
+        """A module that may use a linear layer's weight without calling it has been entered."""
+        if self.active:
+            self._linear_calls.enter()
+
+    def _look_away(self, *_: Any) -> None:
+        self._linear_calls.leave()
 
     def _probe(self, device: torch.device) -> Tensor:
         if device not in self._probes:
@@ -378,7 +427,7 @@ class Capture:
 
     def _visit(
         self,
-        layer: Layer,
+        targets: Sequence[Target],
         record: ForwardRecord | None,
         recomputed: bool,
         x: Tensor,
@@ -394,15 +443,19 @@ class Capture:
         if foreign or not self.active:
             return last
         if self.needs_pass and self._pass is None:
-            self._refuse_reentrant(layer, recomputed)
+            self._refuse_reentrant(targets[0].layer, recomputed)
             return last
-        if self._pass is None and (
-            torch.is_grad_enabled() or not receives_gradient(layer.weight.parameter)
-        ):
+        if self._pass is None and (torch.is_grad_enabled() or not self._are_trained(targets)):
             return last  # a derivative inside the loss, or by an input
         is_counted = self._pass is not None and last is self._pass
-        self.statistics.take(layer, record, None if is_counted else x, gradient)
+        for target in targets:
+            inputs = None if is_counted else target.input(x)
+            self.statistics.take(target.layer, record, inputs, target.gradient(gradient))
         return self._pass
+
+    def _are_trained(self, targets: Sequence[Target]) -> bool:
+        """Whether the backward pass that is under way computes the gradient of a weight."""
+        return any(receives_gradient(target.layer.weight.parameter) for target in targets)
 
     def _refuse_reentrant(self, layer: Layer, recomputed: bool) -> None:
         """The user's backward pass visits a tap that was made during it: no pass of ours can."""

@@ -292,7 +292,10 @@ def summarize(
     expanded: set[str],
 ) -> Summary:
     """Describe how every parameter of the model, and every other that is trained, is trained."""
-    owner_layer = {id(p): layer for layer in layers for p in layer.parameters}
+    owners: dict[int, list[Layer]] = {}
+    for layer in layers:
+        for parameter in layer.parameters:
+            owners.setdefault(id(parameter), []).append(layer)
     trained_ids = {id(p) for p in trained}
     names, modules = clean_names(model), dict(model.named_modules())
     rows = []
@@ -300,7 +303,7 @@ def summarize(
         path, _, leaf = raw_name.rpartition(".")
         name, shape = _joined(names[path], leaf), tuple(parameter.shape)
         treatment, factors, why = _treatment(
-            parameter, owner_layer.get(id(parameter)), reasons.get(name), trained_ids, expanded
+            parameter, owners.get(id(parameter), []), reasons.get(name), trained_ids, expanded
         )
         rows.append(Row(name, shape, type(modules[path]).__name__, treatment, factors, why))
     inside = {id(p) for p in model.parameters()}
@@ -312,7 +315,7 @@ def summarize(
 
 def _treatment(
     parameter: nn.Parameter,
-    layer: Layer | None,
+    layers: Sequence[Layer],
     reason: str | None,
     trained_ids: set[int],
     expanded: set[str],
@@ -322,14 +325,22 @@ def _treatment(
         return "untrained", "", "not given to the optimizer"
     if not parameter.requires_grad:
         return "untrained", "", "frozen"
-    if layer is None:
+    if not layers:
         return "fallback", "", reason or "added after construction"
-    if not layer.is_trained:
+    if not all(layer.is_trained for layer in layers):
         return "fallback", "", "its weight is not trained"
-    shapes = layer.shape.factor_shapes().items()
     note = "expanded: its leading size is no multiple of the batch size"
-    return (
-        "kfac",
-        ", ".join(f"{name} {'×'.join(map(str, shape))}" for name, shape in shapes),
-        note if layer.name in expanded else "",
+    is_expanded = any(layer.name in expanded for layer in layers)
+    return "kfac", _factors(layers), note if is_expanded else ""
+
+
+def _factors(layers: Sequence[Layer]) -> str:
+    """Shapes of the factors of the layers that a parameter is part of."""
+    texts = Counter(
+        ", ".join(
+            f"{name} {'×'.join(map(str, shape))}"
+            for name, shape in layer.shape.factor_shapes().items()
+        )
+        for layer in layers
     )
+    return "; ".join(f"{n} of {text}" if n > 1 else text for text, n in texts.items())

@@ -22,8 +22,13 @@ ALLOWED = {
     "statistics": {"layers"},
     "param_groups": {"layers"},
     "vectors": {"fisher"},
-    "capture": {"fisher", "graph", "hooks", "layers", "statistics", "vectors"},
+    "linear_calls": {"layers"},
+    "uses": {"graph", "layers"},
+    "capture": {
+        "fisher", "graph", "hooks", "layers", "linear_calls", "statistics", "uses", "vectors"
+    },
     "distributed": NOTHING,
+    "kronecker": {"factors", "layers"},
     "curvature": {"checkpoint", "distributed", "factors", "inverse", "layers"},
 }
 SEES_EVERYTHING = {"optimizer", "preconditioner", "__init__"}

@@ -342,7 +342,7 @@ def test_a_layer_that_is_used_without_its_module_is_reported_and_trained() -> No
             self.inner, self.head = nn.Linear(3, 4), nn.Linear(4, 2)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.head(F.linear(x, self.inner.weight, self.inner.bias))
+            return self.head(x @ self.inner.weight.T + self.inner.bias)
 
     model, criterion = Functional(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, lr=0.1, criterion=criterion)

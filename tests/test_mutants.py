@@ -93,7 +93,7 @@ def count_inputs_in_the_forward_pass(patch: pytest.MonkeyPatch) -> None:
         return original(capture, layer, args, *rest)
 
     accumulate = Curvature.accumulate
-    replace(Capture, "_tap", tap)(patch)
+    replace(Capture, "_tap_call", tap)(patch)
     replace(
         Curvature,
         "accumulate",
@@ -221,7 +221,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ("cross-entropy", "empirical", "expand", 2),
     ),
     "forwards without gradient counted": (
-        replace(Capture, "_tap", count_without_grad),
+        replace(Capture, "_tap_call", count_without_grad),
         COUNTED,
         ("empirical", "evaluation_between", "mean"),
     ),

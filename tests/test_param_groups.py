@@ -54,7 +54,12 @@ def test_supported_layers_are_under_kfac() -> None:
             "fallback",
             "ParametrizationList is not supported",
         ),
-        (nn.MultiheadAttention(4, 2), "out_proj.weight", "fallback", "a subclass of Linear"),
+        (
+            nn.MultiheadAttention(4, 2, add_bias_kv=True),
+            "bias_k",
+            "fallback",
+            "not part of a linear layer",
+        ),
     ],
 )
 def test_what_is_left_out_is_shown_with_the_reason(

@@ -2,12 +2,26 @@
 
 from torch import nn
 
+from kfac.layers.attention import AttentionProjection
 from kfac.layers.base import Layer, Part, Piece, WeightSharing
 from kfac.layers.conv import ConvLayer, ConvTransposeLayer
-from kfac.layers.embedding import EmbeddingLayer
-from kfac.layers.linear import LinearLayer
+from kfac.layers.embedding import EmbeddingBagLayer, EmbeddingLayer
+from kfac.layers.linear import LinearLayer, TransposedLinearLayer
+from kfac.layers.norm import BatchNormLayer, GroupNormLayer, InstanceNormLayer, LayerNormLayer
 
-_CLASSES: tuple[type[Layer], ...] = (LinearLayer, ConvLayer, ConvTransposeLayer, EmbeddingLayer)
+_CLASSES: tuple[type[Layer], ...] = (
+    LinearLayer,
+    TransposedLinearLayer,
+    ConvLayer,
+    ConvTransposeLayer,
+    EmbeddingLayer,
+    EmbeddingBagLayer,
+    AttentionProjection,
+    LayerNormLayer,
+    GroupNormLayer,
+    BatchNormLayer,
+    InstanceNormLayer,
+)
 _LAYER_TYPES = {module_type: layer for layer in _CLASSES for module_type in layer.module_types}
 _FOREIGN_TYPES = {name: layer for layer in _CLASSES for name in layer.foreign_types}
 

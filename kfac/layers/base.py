@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,13 @@ class Layer(ABC):
     module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     # Dotted names of types in packages that need not be installed.
     foreign_types: ClassVar[tuple[str, ...]] = ()
-    # Inputs of which at most one is not zero have a diagonal second moment, however many they are.
-    has_one_hot_inputs: ClassVar[bool] = False
+    # ``F.linear`` with the weight and the bias computes the layer.
+    calls_linear: ClassVar[bool] = False
+    # The module hands its weight to functions: there is no call of a module that is the layer.
+    is_functional: ClassVar[bool] = False
+    # Inputs that are nearly all zero: A keeps its diagonal only, which is all there is of it where
+    # at most one of them is not zero.
+    has_sparse_inputs: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -106,7 +111,7 @@ class Layer(ABC):
             return "dense" if dim <= max_factor_dim else "diagonal"
 
         g_kind: FactorKind = "identity" if identity_g else kind(d_out)
-        a_kind: FactorKind = "diagonal" if self.has_one_hot_inputs else kind(d_in)
+        a_kind: FactorKind = "diagonal" if self.has_sparse_inputs else kind(d_in)
         self.shape = BlockShape(groups, d_in, d_out, a_kind, g_kind)
 
     @classmethod
@@ -143,6 +148,19 @@ class Layer(ABC):
     def dtype(self) -> torch.dtype:
         """Type of the factors: that of the weight, but float32 at least."""
         return torch.promote_types(self.weight.parameter.dtype, torch.float32)
+
+    def observed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """What of a call's arguments is kept for the backward pass: the ``x`` of the methods below.
+
+        One tensor, the first argument by default. A layer whose rows depend on several arguments
+        puts them together here.
+        """
+        x: Tensor = args[0] if args else kwargs["input"]
+        return x
+
+    def as_called(self) -> "Layer":
+        """The layer as the call that is under way computes it, should the module change later."""
+        return self
 
     def problem_of_call(self, x: Tensor, output: Tensor) -> str | None:
         """What a call has computed that the module's settings do not say, None if nothing."""

@@ -1,6 +1,10 @@
-"""``nn.Linear`` with any leading dimensions."""
+"""``nn.Linear`` with any leading dimensions, and the same with a transposed weight."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from kfac.covariance import channel_covariance
 from kfac.layers.base import Layer, append_one
@@ -9,7 +13,11 @@ from kfac.layers.base import Layer, append_one
 class LinearLayer(Layer):
     """A linear layer: every leading position is a row, the last axis holds the features."""
 
-    module_types = (nn.Linear,)
+    module_types: ClassVar[tuple[type[nn.Module], ...]] = (
+        nn.Linear,
+        NonDynamicallyQuantizableLinear,
+    )
+    calls_linear = True
 
     def dimensions(self) -> tuple[int, int, int]:
         """One group, ``in_features`` inputs, ``out_features`` outputs."""
@@ -47,6 +55,37 @@ class LinearLayer(Layer):
         """Mean over all axes between the examples and the features."""
         mean = x.reshape(examples, -1, x.shape[-1]).to(self.dtype).mean(1)
         return (append_one(mean) if self.has_bias else mean).unsqueeze(1)
+
+
+class TransposedLinearLayer(LinearLayer):
+    """A linear layer whose weight is ``[inputs, outputs]``: s = Wᵀ a + b.
+
+    GPT-2 and its relatives are made of these in Hugging Face's library, under the name ``Conv1D``.
+    The gradient matrix is the transpose of the weight's gradient.
+    """
+
+    module_types = ()
+    calls_linear = False
+    foreign_types = ("transformers.pytorch_utils.Conv1D",)
+
+    def observed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+        """The input, which is called ``x``."""
+        x: Tensor = args[0] if args else kwargs["x"]
+        return x
+
+    def dimensions(self) -> tuple[int, int, int]:
+        """One group; inputs and outputs are the weight's rows and columns."""
+        d_in, d_out = self.weight.shape
+        return 1, d_in, d_out
+
+    def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The transposed weight, then the bias, ``[1, d_out, d_in]``."""
+        return super().matrix(weight.mT, bias)
+
+    def unmatrix(self, matrix: Tensor) -> list[Tensor]:
+        """Undo :meth:`matrix`."""
+        weight = matrix[0, :, : self.weight.shape[0]].mT
+        return [weight] if self.bias is None else [weight, matrix[0, :, -1]]
 
 
 def _border(moment: Tensor, total: Tensor, rows: int) -> Tensor:

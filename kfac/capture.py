@@ -240,7 +240,7 @@ class Capture:
         if not (self._is_due(layer, output) and layer.module.weight is layer.weight.parameter):
             return None
         if self._uses is not None:
-            self._uses.calls[layer] += 1
+            self._uses.add_call(layer)
         if mark_of(output, f"{self._key} tapped"):
             return None  # the call inside of the module was seen
         x = layer.observed(args, kwargs)
@@ -262,7 +262,7 @@ class Capture:
         recomputed = torch._C._current_graph_task_id() != -1
         on_gradient = partial(self._visit, targets, self._record, recomputed)
         if self._uses is not None:
-            self._uses.taps.update(target.layer for target in targets)
+            self._uses.add_taps(target.layer for target in targets)
         tapped: Tensor = Tap.apply(output, self._probe(output.device), x.detach(), on_gradient)
         mark(tapped, f"{self._key} tapped", True)
         return tapped

@@ -20,7 +20,7 @@ def layers_to_dict(
             "factors": {k: f[i].clone() for k, f in bucket.factors.items()},
             "weight": bucket.weight[i].clone(),
             "inverse": {k: t[i].clone() for k, t in state.items()},
-            "ready": ready[name],
+            "ready": ready.get(name, False),
         }
         for bucket, state in zip(buckets, states, strict=True)
         for i, name in enumerate(bucket.names)

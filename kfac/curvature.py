@@ -5,11 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac import checkpoint
 from kfac.distributed.communication import Ranks
-from kfac.factors import fill_buckets
+from kfac.factors import Bucket, as_kind, fill_buckets, nearest_kronecker
 from kfac.inverse import Inverse, merge
 from kfac.layers import Layer, Piece
 
@@ -23,14 +24,16 @@ class Curvature:
     """
 
     def __init__(self, layers: Sequence[Layer], inverse: Inverse) -> None:
-        self.layers = {layer.name: layer for layer in layers}
+        self.layers = {layer.name: layer for layer in layers if layer.primary is layer}
         self.inverse = inverse
-        self.buckets = fill_buckets(
-            [layer.name for layer in layers],
-            [layer.shape for layer in layers],
-            [layer.dtype for layer in layers],
-            [layer.weight.parameter.device for layer in layers],
-        )
+        self.buckets = _buckets_of(list(self.layers.values()))
+        # Factors of layers that use a block's weight transposed, by the block's name.
+        self._transposed: dict[str, list[str]] = {}
+        for layer in layers:
+            if layer.is_transposed:
+                self._transposed.setdefault(layer.primary.name, []).append(layer.name)
+        self._side_buckets = _buckets_of([layer for layer in layers if layer.is_transposed])
+        self._primaries = {layer.name: layer.primary.name for layer in layers}
         self.states: list[dict[str, Tensor]] = [
             {
                 key: torch.zeros(len(b.names), *shape, dtype=b.dtype, device=b.device)
@@ -43,13 +46,22 @@ class Curvature:
         self._seen = dict.fromkeys(self.layers, False)
         self._warned: set[str] = set()
         self._failures = dict.fromkeys(self.layers, 0)
-        self._slots = {
+        slots = {
             name: (bucket, index)
-            for bucket in self.buckets
+            for bucket in self._all_buckets
             for index, name in enumerate(bucket.names)
         }
+        self._slots = {layer.name: slots[layer.block] for layer in layers}
         # What each bucket's inverse was made from, so that nothing is inverted twice.
         self._made_from: list[object] = [None] * len(self.buckets)
+
+    @property
+    def _all_buckets(self) -> list[Bucket]:
+        return self.buckets + self._side_buckets
+
+    @property
+    def _all_states(self) -> list[dict[str, Tensor]]:
+        return [*self.states, *({} for _ in self._side_buckets)]
 
     # --- statistics ----------------------------------------------------------------------------
 
@@ -61,7 +73,7 @@ class Curvature:
     @property
     def has_pending(self) -> bool:
         """Whether any statistics wait to be folded in."""
-        return not all(bucket.is_empty for bucket in self.buckets)
+        return not all(bucket.is_empty for bucket in self._all_buckets)
 
     @property
     def is_waiting(self) -> bool:
@@ -72,7 +84,7 @@ class Curvature:
 
     def discard(self) -> None:
         """Forget the pending statistics."""
-        for bucket in self.buckets:
+        for bucket in self._all_buckets:
             bucket.discard()
 
     def fold(self, decay: float, g_scale: Tensor, accept: Tensor, ranks: Ranks) -> Tensor:
@@ -90,14 +102,15 @@ class Curvature:
         Returns:
             Number of layers whose statistics were dropped, a scalar tensor.
         """
-        present = [bucket.normalize(g_scale) for bucket in self.buckets]
-        ranks.sum_([t for bucket in self.buckets for t in bucket.pending.values()] + present)
+        buckets = self._all_buckets
+        present = [bucket.normalize(g_scale) for bucket in buckets]
+        ranks.sum_([t for bucket in buckets for t in bucket.pending.values()] + present)
         dropped = torch.zeros((), dtype=torch.int64, device=accept.device)
-        for bucket, counts in zip(self.buckets, present, strict=True):
+        for bucket, counts in zip(buckets, present, strict=True):
             # Of several processes, only a message tells which layers have run in another one.
             ran = bucket.rows if ranks.size == 1 else counts.tolist()
             for name, count in zip(bucket.names, ran, strict=True):
-                self._seen[name] |= count > 0
+                self._seen[self._primaries[name]] |= count > 0
             dropped += bucket.fold(counts, decay, accept).sum().to(dropped)
         self.counters["factor_updates"] += 1
         self._made_from = [None] * len(self.buckets)
@@ -141,8 +154,9 @@ class Curvature:
         """
         bucket = self.buckets[index]
         self._move(index, bucket.device)
-        new, failed = self.inverse.refresh(bucket.factors, self._vector(damping, index))
-        empty = bucket.weight == 0
+        factors, weight = self._merged(bucket)
+        new, failed = self.inverse.refresh(factors, self._vector(damping, index))
+        empty = weight == 0
         kept = ~torch.tensor(wanted, device=bucket.device)
         merge(self.states[index], new, failed | empty | kept)
         self.counters["inverse_refreshes"] += 1
@@ -157,6 +171,28 @@ class Curvature:
             if self._failures[name] >= self.inverse.max_consecutive_failures:
                 exhausted.append(name)
         return exhausted
+
+    def _merged(self, bucket: Bucket) -> tuple[dict[str, Tensor], Tensor]:
+        """A bucket's factors and weights, those of transposed uses of the same weights included."""
+        tied = [(i, name) for i, name in enumerate(bucket.names) if name in self._transposed]
+        if not tied:
+            return bucket.factors, bucket.weight
+        factors = {key: factor.clone() for key, factor in bucket.factors.items()}
+        weight = bucket.weight.clone()
+        for i, name in tied:
+            a, g = factors["A"][i], factors["G"][i]
+            pairs = [(a.clone(), g.clone())]
+            for other in self._transposed[name]:
+                side, j = self._slots[other]
+                extra = a.shape[-1] - side.factors["G"].shape[-1]  # the bias, which is not shared
+                on_inputs = as_kind(side.factors["G"][j], a)
+                margins = (0, extra) * (a.dim() - 1)
+                pairs.append((F.pad(on_inputs, margins), as_kind(side.factors["A"][j], g)))
+                weight[i] += side.weight[j]
+            merged_a, merged_g = nearest_kronecker(pairs)
+            a.copy_(merged_a)
+            g.copy_(merged_g)
+        return factors, weight
 
     def _failure(self, name: str, damping: float) -> RuntimeError:
         shape = self.layers[name].shape
@@ -230,14 +266,21 @@ class Curvature:
         if layer not in self._slots:
             raise KeyError(f"No layer {layer!r} under K-FAC; there are {', '.join(self._slots)}.")
         bucket, index = self._slots[layer]
-        a, g = (bucket.factors.get(name) for name in ("A", "G"))
+        factors, _ = self._merged(bucket)
+        a, g = (factors.get(name) for name in ("A", "G"))
         return (None if a is None else a[index].clone(), None if g is None else g[index].clone())
+
+    def has_statistics(self, layer: str) -> bool:
+        """Whether a layer's running averages hold anything; reading it waits for the device."""
+        bucket, index = self._slots[layer]
+        _, weight = self._merged(bucket)
+        return float(weight[index]) > 0
 
     def memory_estimate(self) -> dict[str, int]:
         """Bytes held between steps, by kind."""
         kinds = {
-            "factors": [bucket.factors for bucket in self.buckets],
-            "pending": [bucket.pending for bucket in self.buckets],
+            "factors": [bucket.factors for bucket in self._all_buckets],
+            "pending": [bucket.pending for bucket in self._all_buckets],
             "inverses": self.states,
         }
         return {
@@ -250,24 +293,31 @@ class Curvature:
         return {
             "inverse": self.inverse.name,
             "counters": dict(self.counters),
-            "layers": checkpoint.layers_to_dict(self.buckets, self.states, self.ready),
+            "layers": checkpoint.layers_to_dict(self._all_buckets, self._all_states, self.ready),
         }
 
     def check_loadable(self, saved: Mapping[str, Any]) -> None:
         """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed."""
         checkpoint.check_setting(saved, "inverse", self.inverse.name)
-        checkpoint.check_layers(saved["layers"], self.buckets, self.states)
+        checkpoint.check_layers(saved["layers"], self._all_buckets, self._all_states)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
         self.discard()
-        self.ready = checkpoint.load_layers(saved["layers"], self.buckets, self.states)
-        self._seen = {
-            name: self.ready[name] or float(bucket.weight[index]) > 0
-            for name, (bucket, index) in self._slots.items()
-        }
+        ready = checkpoint.load_layers(saved["layers"], self._all_buckets, self._all_states)
+        self.ready = {name: ready[name] for name in self.layers}
+        self._seen = {name: ready[name] or self.has_statistics(name) for name in self.layers}
         self.counters = dict(saved["counters"])
         self._made_from = [None] * len(self.buckets)
+
+
+def _buckets_of(layers: Sequence[Layer]) -> list[Bucket]:
+    return fill_buckets(
+        [layer.name for layer in layers],
+        [layer.shape for layer in layers],
+        [layer.dtype for layer in layers],
+        [layer.weight.parameter.device for layer in layers],
+    )
 
 
 def _place(

@@ -169,3 +169,54 @@ def fill_buckets(
     for name, shape, dtype, device in zip(names, shapes, dtypes, devices, strict=True):
         members.setdefault((shape, dtype, device), []).append(name)
     return [Bucket(layers, *key) for key, layers in members.items()]
+
+
+def nearest_kronecker(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The Kronecker product A ⊗ G nearest to a sum Σᵢ Aᵢ ⊗ Gᵢ in the Frobenius norm.
+
+    Rearranged so that each Kronecker product is an outer product vec(Aᵢ) vec(Gᵢ)ᵀ, the sum has the
+    rank of the number of pairs; its leading singular vectors are combinations of the Aᵢ and of the
+    Gᵢ, so that only Gram matrices as small as that number are involved. The combinations of
+    positive semi-definite factors have coefficients that are not negative.
+
+    Args:
+        pairs: The Aᵢ, all of one shape, and the Gᵢ likewise.
+
+    Returns:
+        A and G, exact wherever the sum is a Kronecker product.
+
+    Source:
+        Van Loan & Pitsianis 1993, "Approximation with Kronecker products".
+    """
+    firsts, seconds = (torch.stack(side) for side in zip(*pairs, strict=True))
+    gram_a, gram_g = (_gram(side).double() for side in (firsts, seconds))
+    power = gram_g @ gram_a
+    for _ in range(_SQUARINGS):
+        power = power / power.trace().clamp(min=torch.finfo(power.dtype).tiny)
+        power = power @ power
+    alpha = power.sum(1)
+    beta = gram_a @ alpha
+    norms = (alpha @ gram_a @ alpha) * (beta @ gram_g @ beta)
+    # σ uᵀv with u and v of length one: σ = uᵀ (Σ vec(Aᵢ) vec(Gᵢ)ᵀ) v.
+    scale = (alpha @ gram_a) @ (gram_g @ beta) / norms.clamp(min=torch.finfo(norms.dtype).tiny)
+    a = torch.tensordot(alpha.to(firsts), firsts, 1)
+    return a, torch.tensordot((scale * beta).to(seconds), seconds, 1)
+
+
+def as_kind(factor: Tensor, like: Tensor) -> Tensor:
+    """A factor as a matrix or as its diagonal, whichever ``like`` is."""
+    if factor.dim() == like.dim():
+        return factor
+    if factor.dim() > like.dim():
+        return factor.diagonal(dim1=-2, dim2=-1)
+    return factor.diag_embed()
+
+
+# Squarings of a matrix after which its powers have converged to the leading eigenvector, or the
+# gap is so small that either is as good.
+_SQUARINGS = 12
+
+
+def _gram(stack: Tensor) -> Tensor:
+    flat = stack.flatten(1)
+    return flat @ flat.T

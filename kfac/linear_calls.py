@@ -65,7 +65,9 @@ class LinearCalls(TorchFunctionMode):
         super().__init__()
         self._layers: dict[int, list[Layer]] = {}
         for layer in layers:
-            self._layers.setdefault(id(layer.weight.parameter), []).append(layer)
+            known = self._layers.setdefault(id(layer.weight.parameter), [])
+            if all(layer.weight.rows != other.weight.rows for other in known):
+                known.append(layer)  # of tied layers the first stands for all
         self._on_call = weakref.WeakMethod(on_call)
         self._depth = 0
         self._batch: int | None = None

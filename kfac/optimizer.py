@@ -22,9 +22,11 @@ from kfac.capture import OutputSelector
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.inverse import Inverse, InverseName
-from kfac.param_groups import SharingRule, Skip, Summary
+from kfac.kronecker import CurvatureBlocks
+from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled
+from kfac.summary import Summary
 from kfac.update import all_finite, descend, kl_clip_scale
 
 _LR = Constraint(
@@ -240,8 +242,8 @@ class KFAC(torch.optim.Optimizer):
         gradients = engine.mean_gradients(gradient_scale)
         finite = all_finite(list(gradients.values()))
         engine.update_factors(finite, scale_seen)
-        engine.curvature.refresh(damping, due=plan.refresh)
-        directions = engine.curvature.precondition(gradients, damping)
+        engine.blocks.refresh(damping, due=plan.refresh)
+        directions = engine.blocks.precondition(gradients, damping)
         directions = self._clipped(directions, gradients)
         accept = finite & all_finite(list(directions.values()))
         self._descend(gradients | directions, accept)
@@ -346,6 +348,10 @@ class KFAC(torch.optim.Optimizer):
     def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """See :meth:`kfac.Preconditioner.factor`."""
         return self._engine.factor(layer)
+
+    def curvature(self) -> CurvatureBlocks:
+        """See :meth:`kfac.Preconditioner.curvature`."""
+        return self._engine.curvature()
 
     def summary(self) -> Summary:
         """One row per parameter: how it is trained, its factors' shapes, and why."""

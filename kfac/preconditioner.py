@@ -29,16 +29,16 @@ from kfac.fisher import (
     likelihood_of,
 )
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
+from kfac.kronecker import CurvatureBlocks, Factors, KroneckerBlock
 from kfac.param_groups import (
     SKIP,
     SharingRule,
     Skip,
-    Summary,
     checked_params,
     find_layers,
-    summarize,
 )
 from kfac.schedules import Scheduled
+from kfac.summary import Summary, summarize
 from kfac.update import all_finite
 from kfac.vectors import OutputVectors
 
@@ -185,7 +185,7 @@ class Preconditioner:
             max_factor_dim=max_factor_dim,
             identity_g=self.fisher == "forward-only",
         )
-        self.curvature = Curvature(self.layers, self.inverse)
+        self.blocks = Curvature(self.layers, self.inverse)
         self.steps = 0
         self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
         self._nonfinite = torch.zeros_like(self._dropped)
@@ -202,7 +202,7 @@ class Preconditioner:
         self.capture = Capture(
             model,
             self.layers,
-            self.curvature.accumulate,
+            self.blocks.accumulate,
             fisher=self.fisher,
             likelihood=self.likelihood,
             criterion=criterion,
@@ -227,11 +227,11 @@ class Preconditioner:
         plan = self.plan()
         gradients = self.mean_gradients(1.0)
         finite = all_finite(list(gradients.values()))
-        damping = dict.fromkeys(self.curvature.layers, self.damping.at(self.steps))
+        damping = dict.fromkeys(self.blocks.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
-        self.curvature.refresh(damping, due=plan.refresh)
+        self.blocks.refresh(damping, due=plan.refresh)
         directions = {
-            p: d.to(p.dtype) for p, d in self.curvature.precondition(gradients, damping).items()
+            p: d.to(p.dtype) for p, d in self.blocks.precondition(gradients, damping).items()
         }
         accept = finite & all_finite(list(directions.values()))
         for parameter, gradient in gradients.items():
@@ -282,10 +282,10 @@ class Preconditioner:
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
-        pending = self.curvature.has_pending
+        pending = self.blocks.has_pending
         if pending or self.ranks.size > 1:
             g_scale = self._g_scale(gradient_scale) if pending else torch.ones(())
-            dropped = self.curvature.fold(self.factor_decay, g_scale, accept, self.ranks)
+            dropped = self.blocks.fold(self.factor_decay, g_scale, accept, self.ranks)
             self._dropped += dropped.to(self._dropped)
         else:
             self._explain_missing_statistics()
@@ -335,13 +335,13 @@ class Preconditioner:
         self.steps += 1
         self._nonfinite += (~accept).to(self._nonfinite)
         self.capture.end_step(self.steps)
-        self.curvature.discard()
-        self.capture.schedule(active=plan.capture_next or self.curvature.is_waiting)
+        self.blocks.discard()
+        self.capture.schedule(active=plan.capture_next or self.blocks.is_waiting)
 
     def discard(self) -> None:
         """Forget the statistics that were collected since the last step."""
         self.capture.discard()
-        self.curvature.discard()
+        self.blocks.discard()
 
     def zero_grad(self) -> None:
         """Forget the statistics of a batch that is given up; call it beside the optimizer's own."""
@@ -357,7 +357,33 @@ class Preconditioner:
         Raises:
             KeyError: If K-FAC has no layer of this name.
         """
-        return self.curvature.factor(layer)
+        return self.blocks.factor(layer)
+
+    def curvature(self) -> CurvatureBlocks:
+        """The curvature of every layer that has statistics, as matrices A ⊗ G by layer name.
+
+        A snapshot of the running averages: copies that no later step changes. For the curvature of
+        a whole data set at fixed parameters call ``backward`` on every batch, then once ``step`` of
+        a :class:`Preconditioner`, which moves nothing.
+
+        Returns:
+            A mapping from layer names to :class:`kfac.kronecker.KroneckerBlock`. Looking up a layer
+            without statistics raises a ``KeyError``.
+
+        Cost:
+            Memory of the factors.
+
+        Source:
+            Martens & Grosse 2015, section 4.2.
+        """
+        return CurvatureBlocks(
+            {
+                name: KroneckerBlock(layer, Factors.of(layer.shape, *self.blocks.factor(name)))
+                if self.blocks.has_statistics(name)
+                else None
+                for name, layer in self.blocks.layers.items()
+            }
+        )
 
     def summary(self) -> Summary:
         """One row per parameter: how it is trained, its factors' shapes, and why."""
@@ -371,7 +397,7 @@ class Preconditioner:
         "factors" are the running averages, "pending" the sums of the current step, "inverses" the
         strategy's state.
         """
-        return self.curvature.memory_estimate()
+        return self.blocks.memory_estimate()
 
     def diagnostics(self) -> dict[str, float]:
         """Counts so far; reading them waits for the device.
@@ -382,7 +408,7 @@ class Preconditioner:
         """
         return {
             "steps": self.steps,
-            **self.curvature.counters,
+            **self.blocks.counters,
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
         }
@@ -402,7 +428,7 @@ class Preconditioner:
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
             "seed": None if self._vectors is None else self._vectors.seed,
-            **self.curvature.state_dict(),
+            **self.blocks.state_dict(),
         }
 
     def check_loadable(self, state_dict: Mapping[str, Any] | None) -> None:
@@ -410,7 +436,7 @@ class Preconditioner:
         state_dict = checkpoint.checked_version(state_dict)
         checkpoint.check_complete(state_dict, self._STATE_KEYS)
         checkpoint.check_setting(state_dict, "fisher", self.fisher)
-        self.curvature.check_loadable(state_dict)
+        self.blocks.check_loadable(state_dict)
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; statistics of an unfinished step are dropped.
@@ -419,7 +445,7 @@ class Preconditioner:
             ValueError: If the state does not fit this model or these settings; nothing is changed.
         """
         self.check_loadable(state_dict)
-        self.curvature.load_state_dict(state_dict)
+        self.blocks.load_state_dict(state_dict)
         if self._vectors is not None:
             self._vectors.seed = state_dict["seed"]
         self.steps = state_dict["steps"]
@@ -427,7 +453,7 @@ class Preconditioner:
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
         due = self._factors_due(self.steps)
-        self.capture.schedule(active=due or self.curvature.is_waiting)
+        self.capture.schedule(active=due or self.blocks.is_waiting)
 
 
 def _refuse_unused(

@@ -9,7 +9,7 @@ from torch import Tensor
 from kfac.layers import Layer
 from kfac.layers.base import row_moment
 
-# Layer name, factor "A" or "G", its second moment, the number of rows in it (of an "A").
+# Block name, factor "A" or "G", its second moment, the number of rows in it (of an "A").
 Sink = Callable[[str, str, Tensor, int], None]
 
 
@@ -22,7 +22,7 @@ class ForwardRecord:
         loss_terms: Number of terms in its loss, where there is no criterion to tell.
         counted: In which count its loss terms were included, -1 for none.
         normalizer: What was counted for it, where there is a criterion.
-        sums: Of each layer under ``"reduce"``, what has been summed over positions so far.
+        sums: Of each block under ``"reduce"``, what has been summed over positions so far.
     """
 
     batch_size: int | None
@@ -78,9 +78,9 @@ class Statistics:
             examples = self._examples(layer, record, gradient)
             if examples is None:
                 if x is not None:
-                    self.sink(layer.name, "A", layer.input_moment(x), layer.row_count(x))
+                    self.sink(layer.block, "A", layer.input_moment(x), layer.row_count(x))
                 if self.with_gradients:
-                    self.sink(layer.name, "G", layer.gradient_moment(gradient), 0)
+                    self.sink(layer.block, "G", layer.gradient_moment(gradient), 0)
             else:
                 assert record is not None
                 self._sum(layer, record, examples, x, gradient)
@@ -105,7 +105,7 @@ class Statistics:
     ) -> None:
         if record not in self._open:
             self._open.append(record)
-        sums = record.sums.setdefault(layer.name, PositionSums(layer))
+        sums = record.sums.setdefault(layer.block, PositionSums(layer))
         if x is not None:
             rows = layer.row_count(x)
             inputs = layer.input_mean(x, examples) * (rows // examples)

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -11,34 +11,41 @@ from kfac.layers import Layer
 
 
 class Uses:
-    """Counts of the first forward pass.
+    """Counts of the first forward pass, by weight.
 
     Attributes:
-        taps: How often each layer was tapped.
+        taps: How often a layer with this weight was tapped.
         calls: How often of these its module was called.
     """
 
     def __init__(self) -> None:
-        self.taps: Counter[Layer] = Counter()
-        self.calls: Counter[Layer] = Counter()
+        self.taps: Counter[nn.Parameter] = Counter()
+        self.calls: Counter[nn.Parameter] = Counter()
+        self._names: dict[nn.Parameter, str] = {}
 
-    def were_only_called(self, layers: Sequence[Layer]) -> bool:
+    def add_taps(self, layers: Iterable[Layer]) -> None:
+        """Count the layers that one tap is for."""
+        for layer in layers:
+            self.taps[layer.weight.parameter] += 1
+            self._names.setdefault(layer.weight.parameter, layer.name)
+
+    def add_call(self, layer: Layer) -> None:
+        """Count a call of a layer's module."""
+        self.calls[layer.weight.parameter] += 1
+
+    def were_only_called(self, layers: Iterable[Layer]) -> bool:
         """Whether all of some layers have run, and only by calling their modules."""
-        return all(self.taps[layer] == self.calls[layer] > 0 for layer in layers)
+        weights = {layer.weight.parameter for layer in layers}
+        return all(self.taps[weight] == self.calls[weight] > 0 for weight in weights)
 
     def warn_of_unseen(self, outputs: Sequence[Tensor]) -> None:
         """Warn of weights that also enter the model's outputs where no tap sees it."""
-        seen: Counter[nn.Parameter] = Counter()
-        names: dict[nn.Parameter, str] = {}
-        for layer, taps in self.taps.items():
-            seen[layer.weight.parameter] += taps
-            names.setdefault(layer.weight.parameter, layer.name)
-        uses = count_uses(outputs, {name: parameter for parameter, name in names.items()})
-        for parameter, name in names.items():
-            if uses[name] > seen[parameter]:
+        uses = count_uses(outputs, {name: weight for weight, name in self._names.items()})
+        for weight, name in self._names.items():
+            if uses[name] > self.taps[weight]:
                 warnings.warn(
                     f"The weight of the layer {name!r} is used {uses[name]} times in the forward "
-                    f"pass, but K-FAC sees only {seen[parameter]} of them. Leave the layer to the "
-                    "fallback with skip=, or use the weight by calling its module.",
+                    f"pass, but K-FAC sees only {self.taps[weight]} of them. Leave the layer to "
+                    "the fallback with skip=, or use the weight by calling its module.",
                     stacklevel=2,
                 )

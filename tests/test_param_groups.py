@@ -38,9 +38,10 @@ def test_supported_layers_are_under_kfac() -> None:
 @pytest.mark.parametrize(
     ("model", "parameter", "treatment", "reason"),
     [
-        (nn.Sequential(nn.BatchNorm2d(3)), "0.weight", "fallback", "BatchNorm2d is not supported"),
+        (nn.Sequential(nn.PReLU()), "0.weight", "fallback", "PReLU is not supported"),
         (nn.Sequential(Subclass(2, 2)), "0.weight", "fallback", "a subclass of Linear"),
-        (Tied(), "one.weight", "fallback", "shared by several modules"),
+        (Tied(), "one.weight", "kfac", "one block with two"),
+        (Tied(), "one.bias", "fallback", "without it: shared by several modules"),
         (Tied(), "scale", "fallback", "Tied is not supported"),
         (
             nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2)),
@@ -114,9 +115,9 @@ def test_a_factor_above_the_limit_keeps_its_diagonal() -> None:
 
 
 def test_the_printed_table_has_a_line_per_parameter_and_the_shares() -> None:
-    model = nn.Sequential(nn.Linear(9, 9), nn.LayerNorm(5))
+    model = nn.Sequential(nn.Linear(9, 9), nn.PReLU(10))
     text = str(KFAC(model, lr=0.1).summary())
-    assert len(text.splitlines()) == 2 + 4 + 1
+    assert len(text.splitlines()) == 2 + 3 + 1
     assert text.splitlines()[-1] == "of all parameters: 90.0% kfac, 10.0% fallback, 0.0% untrained"
 
 

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from kfac.factors import BlockShape, FactorKind
 
 WeightSharing = Literal["expand", "reduce"]
+# What the first axis of a weight holds: outputs (and :meth:`Layer.matrix` is a reshape), inputs
+# (a transpose), or inputs of kernels that have to be flipped.
+Layout = Literal["outputs first", "inputs first", "flipped"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +75,10 @@ class Layer(ABC):
         max_factor_dim: A factor larger than this keeps only its diagonal.
         identity_g: Keep no G at all (forward-only curvature).
 
+    Attributes:
+        primary: The layer whose block this one's weight belongs to; itself unless it is tied.
+        is_transposed: Whether this layer's gradient is the transpose of the block's.
+
     Source:
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural
         Network Architectures", section 3.
@@ -80,6 +87,7 @@ class Layer(ABC):
     module_types: ClassVar[tuple[type[nn.Module], ...]] = ()
     # Dotted names of types in packages that need not be installed.
     foreign_types: ClassVar[tuple[str, ...]] = ()
+    layout: ClassVar[Layout] = "outputs first"
     # ``F.linear`` with the weight and the bias computes the layer.
     calls_linear: ClassVar[bool] = False
     # The module hands its weight to functions: there is no call of a module that is the layer.
@@ -103,6 +111,8 @@ class Layer(ABC):
         self.module = module
         self.weight_sharing = weight_sharing
         self.weight = weight
+        self.primary: Layer = self
+        self.is_transposed = False
         self.bias = bias
         groups, d_in, d_out = self.dimensions()
         d_in += bias is not None
@@ -123,6 +133,11 @@ class Layer(ABC):
     def parts(cls, module: nn.Module) -> Sequence[Part]:
         """The linear layers that a module of this type consists of."""
         return [Part()]
+
+    @property
+    def block(self) -> str:
+        """Name of the layer whose factors this one's statistics go to."""
+        return self.name if self.is_transposed else self.primary.name
 
     @property
     def has_bias(self) -> bool:

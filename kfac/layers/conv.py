@@ -122,6 +122,7 @@ class ConvTransposeLayer(ConvLayer):
     """
 
     module_types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    layout = "flipped"
 
     @property
     def geometry(self) -> PatchGeometry:

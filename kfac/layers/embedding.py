@@ -17,6 +17,7 @@ class TableLayer(Layer):
     A only the diagonal is kept.
     """
 
+    layout = "inputs first"
     has_sparse_inputs = True
     module: nn.Embedding | nn.EmbeddingBag
 

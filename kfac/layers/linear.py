@@ -66,6 +66,7 @@ class TransposedLinearLayer(LinearLayer):
 
     module_types = ()
     calls_linear = False
+    layout = "inputs first"
     foreign_types = ("transformers.pytorch_utils.Conv1D",)
 
     def observed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:

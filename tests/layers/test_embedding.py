@@ -122,13 +122,6 @@ def test_embeddings_with_other_gradients_go_to_the_fallback(
     assert reason in row.reason
 
 
-def test_a_table_that_is_also_the_output_layer_goes_to_the_fallback() -> None:
-    model = Looked()
-    model.head = nn.Linear(WIDTH, VOCABULARY)
-    model.head.weight = model.table.weight
-    assert "shared by several modules" in KFAC(model, lr=0.1).summary()[0].reason
-
-
 @pytest.mark.parametrize("mutant", ["rows transposed", "padding counted"])
 def test_mutants_are_caught(mutant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from kfac.layers.embedding import EmbeddingLayer

@@ -26,7 +26,7 @@ from kfac.graph import mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import LinearCalls, Target
-from kfac.statistics import ForwardRecord, Sink, Statistics
+from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
 from kfac.uses import Uses
 from kfac.vectors import OutputVectors
 
@@ -55,6 +55,7 @@ class Capture:
         outputs: Picks the tensor that the loss is computed from out of the model's output.
         loss_terms: Number of loss terms in a batch where it is not the batch size.
         vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
+        bases: Where second moments of per-example gradients are wanted, the bases to take them in.
 
     Attributes:
         active: Whether layers are tapped: whether the next step updates the factors.
@@ -78,6 +79,7 @@ class Capture:
         outputs: OutputSelector | None,
         loss_terms: int | Callable[..., int] | None,
         vectors: OutputVectors | None,
+        bases: Bases | None,
     ) -> None:
         self.fisher = fisher
         self.likelihood = likelihood
@@ -87,7 +89,7 @@ class Capture:
         self.active = True
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
-        self.statistics = Statistics(sink, with_gradients=fisher != "forward-only")
+        self.statistics = Statistics(sink, with_gradients=fisher != "forward-only", bases=bases)
         self._probes: dict[torch.device, Tensor] = {}
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
@@ -261,6 +263,8 @@ class Capture:
     def _tap(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
         recomputed = torch._C._current_graph_task_id() != -1
         on_gradient = partial(self._visit, targets, self._record, recomputed)
+        if self._record is not None:
+            self._record.taps.update(target.layer.primary.name for target in targets)
         if self._uses is not None:
             self._uses.add_taps(target.layer for target in targets)
         tapped: Tensor = Tap.apply(output, self._probe(output.device), x.detach(), on_gradient)
@@ -449,8 +453,10 @@ class Capture:
             return last  # a derivative inside the loss, or by an input
         is_counted = self._pass is not None and last is self._pass
         for target in targets:
-            inputs = None if is_counted else target.input(x)
-            self.statistics.take(target.layer, record, inputs, target.gradient(gradient))
+            inputs, gradients = target.input(x), target.gradient(gradient)
+            self.statistics.take(
+                target.layer, record, inputs, gradients, count_input=not is_counted
+            )
         return self._pass
 
     def _are_trained(self, targets: Sequence[Target]) -> bool:

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 
 from kfac import checkpoint
 from kfac.distributed.communication import Ranks
+from kfac.example_gradients import Basis
 from kfac.factors import Bucket, as_kind, fill_buckets, nearest_kronecker
-from kfac.inverse import Inverse, merge
+from kfac.inverse import Ekfac, Inverse, merge
+from kfac.kronecker import Eigendecomposition, Factors
 from kfac.layers import Layer, Piece
 
 
@@ -26,7 +28,7 @@ class Curvature:
     def __init__(self, layers: Sequence[Layer], inverse: Inverse) -> None:
         self.layers = {layer.name: layer for layer in layers if layer.primary is layer}
         self.inverse = inverse
-        self.buckets = _buckets_of(list(self.layers.values()))
+        self.buckets = _buckets_of(list(self.layers.values()), inverse.has_second_moments)
         # Factors of layers that use a block's weight transposed, by the block's name.
         self._transposed: dict[str, list[str]] = {}
         for layer in layers:
@@ -157,8 +159,10 @@ class Curvature:
         factors, weight = self._merged(bucket)
         new, failed = self.inverse.refresh(factors, self._vector(damping, index))
         empty = weight == 0
-        kept = ~torch.tensor(wanted, device=bucket.device)
-        merge(self.states[index], new, failed | empty | kept)
+        kept = ~torch.tensor(wanted, device=bucket.device) | failed | empty
+        if isinstance(self.inverse, Ekfac):
+            self._carry_second_moments(self.inverse, index, new, kept)
+        merge(self.states[index], new, kept)
         self.counters["inverse_refreshes"] += 1
         exhausted = []
         flags = zip(bucket.names, wanted, failed.tolist(), empty.tolist(), strict=True)
@@ -172,12 +176,33 @@ class Curvature:
                 exhausted.append(name)
         return exhausted
 
+    def _carry_second_moments(
+        self, inverse: Ekfac, index: int, new: Mapping[str, Tensor], kept: Tensor
+    ) -> None:
+        """Take a bucket's second moments to its new basis, or start them from its eigenvalues."""
+        bucket = self.buckets[index]
+        old = bucket.factors["S"]
+        moved = inverse.moved_second_moments(old, self.states[index], new)
+        first = inverse.first_second_moments(new, bucket.shape)
+        ready = torch.tensor([self.ready[name] for name in bucket.names], device=bucket.device)
+        ready, kept = (mask.view(-1, 1, 1, 1) for mask in (ready, kept))
+        bucket.factors["S"] = torch.where(kept, old, torch.where(ready, moved, first))
+
+    def basis(self, block: str) -> Basis | None:
+        """The eigenbasis of a block, None before the first."""
+        if not self.ready[block]:
+            return None
+        bucket, i = self._slots[block]
+        state = self.states[self.buckets.index(bucket)]
+        vectors = (state.get(f"{name}_eigenvectors") for name in ("A", "G"))
+        return Basis(*(None if v is None else v[i] for v in vectors))
+
     def _merged(self, bucket: Bucket) -> tuple[dict[str, Tensor], Tensor]:
         """A bucket's factors and weights, those of transposed uses of the same weights included."""
         tied = [(i, name) for i, name in enumerate(bucket.names) if name in self._transposed]
         if not tied:
-            return bucket.factors, bucket.weight
-        factors = {key: factor.clone() for key, factor in bucket.factors.items()}
+            return bucket.kronecker_factors, bucket.weight
+        factors = {key: factor.clone() for key, factor in bucket.kronecker_factors.items()}
         weight = bucket.weight.clone()
         for i, name in tied:
             a, g = factors["A"][i], factors["G"][i]
@@ -231,7 +256,7 @@ class Curvature:
                 continue
             layers = [self.layers[bucket.names[i]] for i in members]
             self._move(index, gradients[layers[0].weight.parameter].device)
-            state = self.states[index]
+            state = self.states[index] | bucket.factors
             if len(members) < len(bucket.names):
                 state = {key: tensor[members] for key, tensor in state.items()}
             stacked = torch.stack([la.gradient_matrix(gradients).to(bucket.dtype) for la in layers])
@@ -269,6 +294,15 @@ class Curvature:
         factors, _ = self._merged(bucket)
         a, g = (factors.get(name) for name in ("A", "G"))
         return (None if a is None else a[index].clone(), None if g is None else g[index].clone())
+
+    def matrix(self, layer: str) -> Factors | Eigendecomposition:
+        """Copies of what a layer's block is approximated by."""
+        basis = self.basis(layer) if self.inverse.has_second_moments else None
+        if basis is None:
+            return Factors.of(self.layers[layer].shape, *self.factor(layer))
+        bucket, index = self._slots[layer]
+        q_a, q_g = (None if vectors is None else vectors.clone() for vectors in basis)
+        return Eigendecomposition(q_a, q_g, bucket.factors["S"][index].clone())
 
     def has_statistics(self, layer: str) -> bool:
         """Whether a layer's running averages hold anything; reading it waits for the device."""
@@ -311,12 +345,13 @@ class Curvature:
         self._made_from = [None] * len(self.buckets)
 
 
-def _buckets_of(layers: Sequence[Layer]) -> list[Bucket]:
+def _buckets_of(layers: Sequence[Layer], with_second_moments: bool = False) -> list[Bucket]:
     return fill_buckets(
         [layer.name for layer in layers],
         [layer.shape for layer in layers],
         [layer.dtype for layer in layers],
         [layer.weight.parameter.device for layer in layers],
+        with_second_moments=with_second_moments,
     )
 
 

@@ -44,7 +44,9 @@ class Bucket:
     Attributes:
         names: Names of the layers, in stacking order.
         shape: Shape of each layer's block.
-        factors: "A" ``[layers, groups, d_in, d_in]`` and "G" ``[layers, groups, d_out, d_out]``.
+        with_second_moments: Whether S is kept too, the second moments of per-example gradients.
+        factors: "A" ``[layers, groups, d_in, d_in]`` and "G" ``[layers, groups, d_out, d_out]``,
+            and "S" ``[layers, groups, d_out, d_in]``.
         pending: Sums of the statistics since the last step, like ``factors``.
         weight: Total weight of each layer's running average ``[layers]``; 0 before the first.
         rows: Number of input rows in each layer's pending sum of A.
@@ -55,6 +57,7 @@ class Bucket:
     shape: BlockShape
     dtype: torch.dtype
     device: torch.device
+    with_second_moments: bool = False
     factors: dict[str, Tensor] = field(init=False)
     pending: dict[str, Tensor] = field(init=False)
     weight: Tensor = field(init=False)
@@ -67,11 +70,19 @@ class Bucket:
         self.weight = torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
         self.rows = [0] * len(self.names)
 
+    @property
+    def kronecker_factors(self) -> dict[str, Tensor]:
+        """The running averages of A and G."""
+        return {name: factor for name, factor in self.factors.items() if name != "S"}
+
     def _zeros(self) -> dict[str, Tensor]:
-        stack = len(self.names)
+        stack, block = len(self.names), self.shape
+        shapes = block.factor_shapes()
+        if self.with_second_moments:
+            shapes["S"] = (block.groups, block.d_out, block.d_in)
         return {
             name: torch.zeros(stack, *shape, dtype=self.dtype, device=self.device)
-            for name, shape in self.shape.factor_shapes().items()
+            for name, shape in shapes.items()
         }
 
     def to(self, device: torch.device) -> None:
@@ -89,7 +100,7 @@ class Bucket:
 
         Args:
             index: Position of the layer in the bucket.
-            name: "A" or "G".
+            name: "A", "G" or "S".
             moment: Sum of outer products, of the shape of one layer's factor.
             rows: Number of input rows that the sum is over (for "A").
         """
@@ -107,10 +118,10 @@ class Bucket:
             self.is_empty = True
 
     def normalize(self, g_scale: Tensor) -> Tensor:
-        """Turn the pending sums into averages: A by its number of rows, G by a given factor.
+        """Turn the pending sums into averages: A by its number of rows, G and S by a factor.
 
         Args:
-            g_scale: What the pending sum of G is multiplied by, a scalar tensor.
+            g_scale: What the pending sums of G and S are multiplied by, a scalar tensor.
 
         Returns:
             ``[layers]``: 1 for a layer with statistics, 0 for one without.
@@ -118,8 +129,8 @@ class Bucket:
         rows = torch.tensor(self.rows, dtype=self.dtype).to(self.device, non_blocking=True)
         if "A" in self.pending:
             self.pending["A"] /= _like(rows.clamp(min=1), self.pending["A"])
-        if "G" in self.pending:
-            self.pending["G"] *= g_scale.to(self.pending["G"])
+        for name in self.pending.keys() - {"A"}:
+            self.pending[name] *= g_scale.to(self.pending[name])
         return rows.clamp(max=1)
 
     def fold(self, present: Tensor, decay: float, accept: Tensor) -> Tensor:
@@ -136,7 +147,7 @@ class Bucket:
         Returns:
             Boolean ``[layers]``: whose statistics were dropped.
         """
-        traces = [_diagonal(f).flatten(1).sum(1) for f in self.pending.values()]
+        traces = [_probed(name, f).flatten(1).sum(1) for name, f in self.pending.items()]
         seen = present > 0
         usable = seen & torch.stack(traces).sum(0).isfinite() & accept.to(self.device)
         total = decay * self.weight + 1
@@ -154,8 +165,10 @@ def _like(vector: Tensor, target: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (target.dim() - 1))
 
 
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 4 else factor
+def _probed(name: str, factor: Tensor) -> Tensor:
+    """Elements that are not finite if any of a pending sum is."""
+    is_matrix = name != "S" and factor.dim() == 4
+    return factor.diagonal(dim1=-2, dim2=-1) if is_matrix else factor
 
 
 def fill_buckets(
@@ -163,12 +176,14 @@ def fill_buckets(
     shapes: Sequence[BlockShape],
     dtypes: Sequence[torch.dtype],
     devices: Sequence[torch.device],
+    *,
+    with_second_moments: bool = False,
 ) -> list[Bucket]:
     """Group layers of equal shape, dtype and device, keeping the order of first appearance."""
     members: dict[tuple[BlockShape, torch.dtype, torch.device], list[str]] = {}
     for name, shape, dtype, device in zip(names, shapes, dtypes, devices, strict=True):
         members.setdefault((shape, dtype, device), []).append(name)
-    return [Bucket(layers, *key) for key, layers in members.items()]
+    return [Bucket(layers, *key, with_second_moments) for key, layers in members.items()]
 
 
 def nearest_kronecker(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

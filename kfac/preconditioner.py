@@ -29,7 +29,7 @@ from kfac.fisher import (
     likelihood_of,
 )
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
-from kfac.kronecker import CurvatureBlocks, Factors, KroneckerBlock
+from kfac.kronecker import CurvatureBlocks, KroneckerBlock
 from kfac.param_groups import (
     SKIP,
     SharingRule,
@@ -93,7 +93,8 @@ class Preconditioner:
         loss_terms: Number of terms in a batch's loss, or a function of the model's arguments that
             returns it; the batch size by default. Not used with a criterion.
         weight_sharing: ``"expand"``, ``"reduce"`` or a function of name and module.
-        inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping) or a strategy.
+        inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping), ``"ekfac"`` (exact
+            damping, measured eigenvalues) or a strategy.
         factor_decay: β in [0, 1) of the running averages of A and G.
         factor_update_period: Steps between updates of the factors, or a function of the step.
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
@@ -169,6 +170,11 @@ class Preconditioner:
             None if criterion is None else likelihood_of(criterion, loss_reduction, owner)
         )
         self.fisher = checked_fisher(owner, fisher, criterion)
+        if self.inverse.has_second_moments and self.fisher == "forward-only":
+            raise argument_error(
+                owner, "inverse", "'cholesky' or 'eigen' with fisher='forward-only'",
+                self.inverse.name, "There are no output gradients to measure eigenvalues with.",
+            )  # fmt: skip
         _refuse_unused(owner, criterion, self.fisher, outputs, loss_terms, num_samples)
         self.loss_reduction: LossReduction = (
             self.likelihood.reduction if self.likelihood else loss_reduction or "mean"
@@ -209,6 +215,7 @@ class Preconditioner:
             outputs=outputs,
             loss_terms=loss_terms,
             vectors=self._vectors,
+            bases=self.blocks.basis if self.inverse.has_second_moments else None,
         )
 
     # --- one step, in the order in which it happens --------------------------------------------
@@ -362,6 +369,8 @@ class Preconditioner:
     def curvature(self) -> CurvatureBlocks:
         """The curvature of every layer that has statistics, as matrices A ⊗ G by layer name.
 
+        With ``inverse="ekfac"`` they have the measured eigenvalues from the first refresh on.
+
         A snapshot of the running averages: copies that no later step changes. For the curvature of
         a whole data set at fixed parameters call ``backward`` on every batch, then once ``step`` of
         a :class:`Preconditioner`, which moves nothing.
@@ -378,7 +387,7 @@ class Preconditioner:
         """
         return CurvatureBlocks(
             {
-                name: KroneckerBlock(layer, Factors.of(layer.shape, *self.blocks.factor(name)))
+                name: KroneckerBlock(layer, self.blocks.matrix(name))
                 if self.blocks.has_statistics(name)
                 else None
                 for name, layer in self.blocks.layers.items()

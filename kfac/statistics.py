@@ -1,16 +1,21 @@
 """From what taps see to second moments, under ``"expand"`` and under ``"reduce"``."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kfac.example_gradients import Basis, squared_gradients
 from kfac.layers import Layer
 from kfac.layers.base import row_moment
 
-# Block name, factor "A" or "G", its second moment, the number of rows in it (of an "A").
+# Block name, factor "A", "G" or "S", its second moment, the number of rows in it (of an "A").
 Sink = Callable[[str, str, Tensor, int], None]
+# Eigenbasis of a block by name, None before there is one.
+Bases = Callable[[str], Basis | None]
 
 
 @dataclass(eq=False)
@@ -22,6 +27,8 @@ class ForwardRecord:
         loss_terms: Number of terms in its loss, where there is no criterion to tell.
         counted: In which count its loss terms were included, -1 for none.
         normalizer: What was counted for it, where there is a criterion.
+        taps: How often each block was tapped.
+        calls: Of each block whose example gradients are wanted, the calls of this backward pass.
         sums: Of each block under ``"reduce"``, what has been summed over positions so far.
     """
 
@@ -29,7 +36,17 @@ class ForwardRecord:
     loss_terms: int | None
     counted: int = -1
     normalizer: Tensor | None = None
+    taps: Counter[str] = field(default_factory=Counter)
+    calls: dict[str, list["Call"]] = field(default_factory=dict)
     sums: dict[str, "PositionSums"] = field(default_factory=dict)
+
+
+class Call(NamedTuple):
+    """What a tap has seen of one call of a layer."""
+
+    layer: Layer
+    x: Tensor
+    gradient: Tensor
 
 
 @dataclass
@@ -59,41 +76,83 @@ class Statistics:
     Args:
         sink: Receives every moment.
         with_gradients: Whether G is wanted at all.
+        bases: Where second moments of per-example gradients are wanted, the bases to take them in.
 
     Source:
         Eschenhagen et al. 2023, sections 3.1 and 3.2.
     """
 
-    def __init__(self, sink: Sink, *, with_gradients: bool) -> None:
+    def __init__(self, sink: Sink, *, with_gradients: bool, bases: Bases | None) -> None:
         self.sink = sink
+        self.bases = bases
         self.with_gradients = with_gradients
         self.expanded: set[str] = set()
         self._open: list[ForwardRecord] = []
 
     def take(
-        self, layer: Layer, record: ForwardRecord | None, x: Tensor | None, gradient: Tensor
+        self,
+        layer: Layer,
+        record: ForwardRecord | None,
+        x: Tensor,
+        gradient: Tensor,
+        *,
+        count_input: bool,
     ) -> None:
         """Take the input (unless it was counted before) and the output gradient of one call."""
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             examples = self._examples(layer, record, gradient)
-            if examples is None:
-                if x is not None:
+            if examples is None or record is None or layer.weight_sharing == "expand":
+                if count_input:
                     self.sink(layer.block, "A", layer.input_moment(x), layer.row_count(x))
                 if self.with_gradients:
                     self.sink(layer.block, "G", layer.gradient_moment(gradient), 0)
             else:
-                assert record is not None
-                self._sum(layer, record, examples, x, gradient)
+                self._sum(layer, record, examples, x if count_input else None, gradient)
+            if self.bases is not None:
+                self._keep_call(Call(layer, x, gradient), record, examples, self.bases)
 
     def _examples(self, layer: Layer, record: ForwardRecord | None, gradient: Tensor) -> int | None:
-        """Number of examples to reduce to, None to expand."""
-        if layer.weight_sharing == "expand":
+        """Number of examples in a call, None where every row has to count as one."""
+        if layer.weight_sharing == "expand" and self.bases is None:
             return None
         batch_size = None if record is None else record.batch_size
         if not batch_size or layer.leading_size(gradient) % batch_size:
             self.expanded.add(layer.name)
             return None
         return batch_size
+
+    # --- per-example gradients -----------------------------------------------------------------
+
+    def _keep_call(
+        self, call: Call, record: ForwardRecord | None, examples: int | None, bases: Bases
+    ) -> None:
+        """Square a call's example gradients once all calls of its block have come."""
+        block = call.layer.primary.name
+        basis = bases(block)
+        if basis is None:
+            return
+        if record is None or examples is None:
+            self._square([call], call.layer.row_count(call.x), basis)
+            return
+        if record not in self._open:
+            self._open.append(record)
+        calls = record.calls.setdefault(block, [])
+        calls.append(call)
+        if len(calls) == record.taps[block]:
+            self._square(record.calls.pop(block), examples, basis)
+
+    def _square(self, calls: list[Call], examples: int, basis: Basis) -> None:
+        """Send on the squares of the example gradients that some calls add up to."""
+        layer, x, gradient = calls[0]
+        if len(calls) == 1 and not layer.is_transposed:
+            moment = layer.squared_gradients(x, gradient, examples, basis)
+        else:
+            rows = [call.layer.block_rows(call.x, call.gradient, examples) for call in calls]
+            inputs, gradients = (torch.cat(side, dim=1) for side in zip(*rows, strict=True))
+            moment = squared_gradients(inputs, gradients, basis)
+        self.sink(layer.primary.name, "S", moment, 0)
+
+    # --- sums over positions -------------------------------------------------------------------
 
     def _sum(
         self,
@@ -118,6 +177,11 @@ class Statistics:
     def flush_gradients(self) -> None:
         """One backward pass is over: turn its summed gradients into moments."""
         for record in self._open:
+            while record.calls:
+                block, calls = record.calls.popitem()
+                basis = None if self.bases is None else self.bases(block)
+                if basis is not None:
+                    self._square(calls, record.batch_size or 1, basis)
             for name, sums in record.sums.items():
                 if sums.gradients is not None:
                     moment = row_moment(sums.gradients, sums.layer.shape.g_kind)
@@ -139,4 +203,5 @@ class Statistics:
         """Forget the sums."""
         for record in self._open:
             record.sums.clear()
+            record.calls.clear()
         self._open.clear()

@@ -14,12 +14,12 @@ SOURCES = {p.relative_to(ROOT.parent): p.read_text() for p in ROOT.rglob("*.py")
 NOTHING: set[str] = set()
 ALLOWED = {
     **dict.fromkeys(["arguments", "covariance", "damping", "factors", "fisher"], NOTHING),
-    **dict.fromkeys(["assignment", "graph", "hooks", "schedules", "update"], NOTHING),
-    "layers": {"covariance", "factors"},
+    **dict.fromkeys(["assignment", "example_gradients", "graph", "hooks", "schedules", "update"], NOTHING),
+    "layers": {"covariance", "example_gradients", "factors"},
     "inverse": {"damping", "factors"},
     "checkpoint": {"factors"},
     "fallback": NOTHING,
-    "statistics": {"layers"},
+    "statistics": {"example_gradients", "layers"},
     "ties": {"layers"},
     "param_groups": {"layers", "ties"},
     "summary": {"layers", "param_groups"},
@@ -31,7 +31,10 @@ ALLOWED = {
     },
     "distributed": NOTHING,
     "kronecker": {"factors", "layers"},
-    "curvature": {"checkpoint", "distributed", "factors", "inverse", "layers"},
+    "curvature": {
+        "checkpoint", "distributed", "example_gradients", "factors", "inverse", "kronecker",
+        "layers",
+    },
 }
 SEES_EVERYTHING = {"optimizer", "preconditioner", "__init__"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}

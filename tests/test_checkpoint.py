@@ -24,7 +24,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 
 def net() -> nn.Module:
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.PReLU(), nn.Flatten(), nn.Linear(16, 3)
     )
 
 
@@ -211,7 +211,7 @@ def test_a_preconditioner_resumes_too() -> None:
     def start() -> tuple[nn.Module, nn.Module, Preconditioner, torch.optim.Optimizer]:
         torch.manual_seed(0)
         model, criterion = net(), nn.CrossEntropyLoss()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
         return model, criterion, Preconditioner(model, criterion=criterion), optimizer
 
     def train(run: tuple[Any, ...], first: int, last: int) -> None:

@@ -387,7 +387,7 @@ class Recomputed(nn.Module):
         return self.head(checkpoint(self.inner, hidden, use_reentrant=True))
 
 
-FIRST = {"kfac": lambda: nn.Linear(5, 5), "fallback": lambda: nn.LayerNorm(5)}
+FIRST = {"kfac": lambda: nn.Linear(5, 5), "fallback": lambda: nn.PReLU(5)}
 
 
 @pytest.mark.parametrize("first", FIRST)

@@ -303,7 +303,9 @@ MUTANTS: dict[str, tuple[Callable, Callable]] = {
     ),
     "the transposed use is ignored": (
         replace(
-            Curvature, "_merged", lambda original, self, bucket: (bucket.factors, bucket.weight)
+            Curvature,
+            "_merged",
+            lambda original, self, bucket: (bucket.kronecker_factors, bucket.weight),
         ),
         partial(
             test_a_tied_table_is_solved_with_the_kronecker_product_nearest_to_both_uses, False, 100

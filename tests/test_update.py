@@ -92,7 +92,7 @@ def test_a_step_that_overflows_half_precision_is_rejected_or_clipped() -> None:
         model = nn.Linear(2, 2, bias=False).half()
         optimizer = KFAC(model, lr=1e-3, kl_clip=kl_clip, damping=1e-12, fisher="forward-only")
         model.weight.grad = torch.full((2, 2), 1.0, dtype=torch.float16)
-        optimizer._engine.curvature.accumulate("", "A", 1e-9 * torch.eye(2).unsqueeze(0), 1)
+        optimizer._engine.blocks.accumulate("", "A", 1e-9 * torch.eye(2).unsqueeze(0), 1)
         optimizer.step()
         return model, optimizer
 

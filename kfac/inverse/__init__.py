@@ -3,7 +3,8 @@
 from kfac.inverse.base import Inverse, InverseName, merge, resolve
 from kfac.inverse.cholesky import Cholesky
 from kfac.inverse.eigen import Eigen
+from kfac.inverse.ekfac import Ekfac
 
-STRATEGIES: dict[str, type[Inverse]] = {"cholesky": Cholesky, "eigen": Eigen}
+STRATEGIES: dict[str, type[Inverse]] = {"cholesky": Cholesky, "eigen": Eigen, "ekfac": Ekfac}
 
-__all__ = ["STRATEGIES", "Cholesky", "Eigen", "Inverse", "InverseName", "merge", "resolve"]
+__all__ = ["STRATEGIES", "Cholesky", "Eigen", "Ekfac", "Inverse", "InverseName", "merge", "resolve"]

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac.arguments import POSITIVE_INTEGER, argument_error, check
 from kfac.factors import BlockShape
 
-InverseName = Literal["cholesky", "eigen"]
+InverseName = Literal["cholesky", "eigen", "ekfac"]
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,10 @@ class Inverse(ABC):
         max_consecutive_failures: Refreshes in a row in which a layer may keep its last good
             inverse because the new factors could not be decomposed, before it is an error.
     """
+
+    # Whether the strategy needs second moments of per-example gradients in its own basis; it then
+    # derives from :class:`kfac.inverse.Ekfac`.
+    has_second_moments: ClassVar[bool] = False
 
     max_consecutive_failures: int = 10
 
@@ -69,7 +73,13 @@ class Inverse(ABC):
     def precondition(
         self, state: Mapping[str, Tensor], gradient: Tensor, damping: Tensor
     ) -> Tensor:
-        """Apply the inverse to gradients ``[layers, groups, d_out, d_in]``."""
+        """Apply the inverse to gradients ``[layers, groups, d_out, d_in]``.
+
+        Args:
+            state: What :meth:`refresh` returned, and the running averages by name.
+            gradient: The gradients.
+            damping: λ per layer ``[layers]``.
+        """
 
 
 def multiply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:

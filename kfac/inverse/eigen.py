@@ -63,13 +63,21 @@ class Eigen(Inverse):
         self, state: Mapping[str, Tensor], gradient: Tensor, damping: Tensor
     ) -> Tensor:
         """Divide by the damped eigenvalues in the joint eigenbasis."""
-        q_a, q_g = state.get("A_eigenvectors"), state.get("G_eigenvectors")
-        rotated = multiply(None if q_g is None else q_g.mT, gradient, q_a)
-        rotated = rotated / (_joint_eigenvalues(state) + damping.view(-1, 1, 1, 1))
-        return multiply(q_g, rotated, None if q_a is None else q_a.mT)
+        return divide(gradient, self.eigenvalues(state) + damping.view(-1, 1, 1, 1), state)
+
+    def eigenvalues(self, state: Mapping[str, Tensor]) -> Tensor:
+        """λ_G λ_Aᵀ, broadcastable to ``[layers, groups, d_out, d_in]``."""
+        return joint_eigenvalues(state)
 
 
-def _joint_eigenvalues(state: Mapping[str, Tensor]) -> Tensor:
+def divide(gradient: Tensor, divisor: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Q_G [(Q_Gᵀ V Q_A) / divisor] Q_Aᵀ."""
+    q_a, q_g = state.get("A_eigenvectors"), state.get("G_eigenvectors")
+    rotated = multiply(None if q_g is None else q_g.mT, gradient, q_a) / divisor
+    return multiply(q_g, rotated, None if q_a is None else q_a.mT)
+
+
+def joint_eigenvalues(state: Mapping[str, Tensor]) -> Tensor:
     """λ_G λ_Aᵀ, broadcastable to ``[layers, groups, d_out, d_in]``."""
     on_inputs, on_outputs = state.get("A_eigenvalues"), state.get("G_eigenvalues")
     if on_inputs is None:

@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac.example_gradients import Basis, squared_gradients
 from kfac.factors import BlockShape, FactorKind
 
 WeightSharing = Literal["expand", "reduce"]
@@ -218,6 +220,23 @@ class Layer(ABC):
     def gradient_sum(self, g: Tensor, examples: int) -> Tensor:
         """Sum of g over the positions of each example, ``[examples, groups, d_out]``."""
         return self.gradient_rows(g, examples).sum(1)
+
+    def squared_gradients(self, x: Tensor, g: Tensor, examples: int, basis: Basis) -> Tensor:
+        """Σ over examples of the squares of their gradients in a basis, ``[groups, d_out, d_in]``.
+
+        See :func:`kfac.example_gradients.squared_gradients`.
+        """
+        return squared_gradients(
+            self.input_rows(x, examples), self.gradient_rows(g, examples), basis
+        )
+
+    def block_rows(self, x: Tensor, g: Tensor, examples: int) -> tuple[Tensor, Tensor]:
+        """Rows a and g of the block that the weight belongs to: exchanged if it is transposed."""
+        inputs, gradients = self.input_rows(x, examples), self.gradient_rows(g, examples)
+        if not self.is_transposed:
+            return inputs, gradients
+        bias = self.primary.shape.d_in - gradients.shape[-1]
+        return F.pad(gradients, (0, bias)), inputs
 
     # --- parameters as a matrix ----------------------------------------------------------------
 

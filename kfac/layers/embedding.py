@@ -1,5 +1,6 @@
 """``nn.Embedding`` and ``nn.EmbeddingBag``: linear layers on inputs that are never formed."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac.example_gradients import Basis
 from kfac.layers.base import Layer
 
 
@@ -38,6 +40,26 @@ class TableLayer(Layer):
     def gradient_rows(self, g: Tensor, examples: int) -> Tensor:
         """All axes between the examples and the features are positions."""
         return g.reshape(examples, -1, 1, g.shape[-1]).to(self.dtype)
+
+    @abstractmethod
+    def entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row, token and coefficient of everything in an input that may be not zero."""
+
+    def squared_gradients(self, x: Tensor, g: Tensor, examples: int, basis: Basis) -> Tensor:
+        """As in :class:`Layer`, by way of the rows of the table that each example has used.
+
+        Cost: sorts the tokens, so as to add up the gradients of equal ones in an example.
+        """
+        rows, tokens, coefficients = self.entries(x)
+        gradients = self.gradient_rows(g, 1)[0, :, 0]
+        if basis.g is not None:
+            gradients = gradients @ basis.g[0]
+        cells = rows // max(len(gradients) // examples, 1) * self.shape.d_in + tokens
+        parts = gradients[rows] * coefficients.unsqueeze(-1)
+        # Σ part·total over the parts of a total is the square of that total.
+        products = parts * _totals(parts, cells)
+        table = parts.new_zeros(self.shape.d_in, self.shape.d_out)
+        return table.index_add_(0, tokens, products).mT.unsqueeze(0)
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         """The table transposed, ``[1, embedding_dim, num_embeddings]``."""
@@ -84,6 +106,14 @@ class EmbeddingLayer(TableLayer):
         """
         tokens = x.reshape(-1, 1)
         return self._counts(tokens).reshape(examples, -1, 1, self.shape.d_in)
+
+    def entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Every token in a row of its own, with the coefficient 1, or 0 for padding."""
+        tokens = x.reshape(-1).long()
+        coefficients = torch.ones_like(tokens, dtype=self.dtype)
+        if self.module.padding_idx is not None:
+            coefficients = (tokens != self.module.padding_idx).to(self.dtype)
+        return torch.arange(len(tokens), device=tokens.device), tokens, coefficients
 
     def _counts(self, tokens: Tensor) -> Tensor:
         """Occurrences of each token per row of ``tokens [n, m]``, ``[n, num_embeddings]``."""
@@ -147,13 +177,10 @@ class EmbeddingBagLayer(TableLayer):
 
         Cost: sorts the contents of the bags, so as to add up the coefficients of equal tokens.
         """
-        bags, tokens, coefficients = self._entries(x)
-        cells, order = (bags * self.shape.d_in + tokens).sort()
-        tokens, coefficients = tokens[order], coefficients[order]
-        run = torch.cat([cells.new_zeros(1), cells.diff().ne(0).cumsum(0)])[: len(cells)]
-        totals = torch.zeros_like(coefficients).index_add_(0, run, coefficients)
+        bags, tokens, coefficients = self.entries(x)
+        totals = _totals(coefficients, bags * self.shape.d_in + tokens)
         moment = coefficients.new_zeros(self.shape.d_in)
-        return moment.index_add_(0, tokens, coefficients * totals[run]).unsqueeze(0)
+        return moment.index_add_(0, tokens, coefficients * totals).unsqueeze(0)
 
     def input_mean(self, x: Tensor, examples: int) -> Tensor:
         """Mean vector of each example's bags."""
@@ -186,14 +213,22 @@ class EmbeddingBagLayer(TableLayer):
             return kept / lengths.clamp(min=1)[bags]
         return kept if weights is None else kept * weights.reshape(-1)
 
-    def _entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Bags, tokens and coefficients of all slots."""
         bags, tokens, coefficients = x.reshape(-1, 3).unbind(-1)
         return bags.long(), tokens.long(), coefficients.to(self.dtype)
 
     def _sums(self, x: Tensor, parts: int) -> Tensor:
         """Sum of the bags' vectors in each of equal parts, ``[parts, num_embeddings]``."""
-        bags, tokens, coefficients = self._entries(x)
+        bags, tokens, coefficients = self.entries(x)
         cells = bags // (len(x) // parts) * self.shape.d_in + tokens
         sums = coefficients.new_zeros(parts * self.shape.d_in)
         return sums.index_add_(0, cells, coefficients).reshape(parts, -1)
+
+
+def _totals(parts: Tensor, cells: Tensor) -> Tensor:
+    """For each part ``[n, ...]``, the sum of all parts in the same cell ``[n]``."""
+    cells, order = cells.sort()
+    run = torch.cat([cells.new_zeros(1), cells.diff().ne(0).cumsum(0)])[: len(cells)]
+    totals = torch.zeros_like(parts).index_add_(0, run, parts[order])
+    return torch.empty_like(parts).index_copy_(0, order, totals[run])

@@ -89,7 +89,7 @@ class NormLayer(Layer):
 class LayerNormLayer(NormLayer):
     """``nn.LayerNorm`` and ``nn.RMSNorm``: γ has the shape of the trailing axes."""
 
-    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.LayerNorm, nn.RMSNorm)
+    module_types = (nn.LayerNorm, nn.RMSNorm)
     module: nn.LayerNorm | nn.RMSNorm
 
     def observed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
@@ -113,7 +113,7 @@ class LayerNormLayer(NormLayer):
 class GroupNormLayer(NormLayer):
     """``nn.GroupNorm``; its groups only say what is normalised together."""
 
-    module_types: ClassVar[tuple[type[nn.Module], ...]] = (nn.GroupNorm,)
+    module_types = (nn.GroupNorm,)
     module: nn.GroupNorm
 
     def normalized(self, x: Tensor) -> Tensor:

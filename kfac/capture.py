@@ -207,7 +207,7 @@ class Capture:
             if self.likelihood is None:
                 on_backward(tensor, self._count_terms, record)
         if self.likelihood is not None and not self._criterion_called:
-            self._watch_unclaimed(record, self._select(output))
+            self._watch_unclaimed(record, self._select(output), tensors)
 
     def _check_uses(self, outputs: Sequence[Tensor]) -> None:
         """After the first forward, report what was not seen and stop looking where all was."""
@@ -220,15 +220,26 @@ class Capture:
                     handle.remove()
         self._uses = None
 
-    def _watch_unclaimed(self, record: ForwardRecord, output: Tensor | None) -> None:
-        """Be ready for a loss that is not computed by the criterion object."""
+    def _watch_unclaimed(
+        self, record: ForwardRecord, output: Tensor | None, tensors: Sequence[Tensor]
+    ) -> None:
+        """Be ready for a loss that is not computed by the criterion object.
+
+        Args:
+            record: The call of the model.
+            output: What its loss is computed from; a function may have computed it anew from the
+                model's output, and then it is not itself in the graph of the loss.
+            tensors: All tensors in the model's output.
+        """
         if output is None or not output.requires_grad or output.dim() == 0:
             return
         if self.active and self.needs_pass:
             if not self._model.training:
                 self._unclaimed.clear()  # an evaluation with gradients never calls backward
             self._unclaimed[record] = output
-        on_backward(output, self._reach_unclaimed, record, output.detach())
+        is_computed_anew = all(tensor is not output for tensor in tensors)
+        for tensor in tensors if is_computed_anew else [output]:
+            on_backward(tensor, self._reach_unclaimed, record, output.detach())
 
     def _select(self, output: Any) -> Tensor | None:
         if self.outputs is not None:

@@ -91,9 +91,13 @@ def summarize(
     for raw_name, parameter in model.named_parameters():
         path, _, leaf = raw_name.rpartition(".")
         name, shape = joined(names[path], leaf), tuple(parameter.shape)
+        members = owners.get(id(parameter), [])
         treatment, factors, why = _treatment(
-            parameter, owners.get(id(parameter), []), reasons.get(name), trained_ids, expanded
+            parameter, members, reasons.get(name), trained_ids, expanded
         )
+        if treatment == "kfac" and any(layer.primary is not layer for layer in members):
+            others = [layer.name for layer in members if layer.module is not modules[path]]
+            why = "; ".join(filter(None, [f"one block with {', '.join(others)}", why]))
         rows.append(Row(name, shape, type(modules[path]).__name__, treatment, factors, why))
     inside = {id(p) for p in model.parameters()}
     for number, parameter in enumerate(p for p in trained if id(p) not in inside):
@@ -118,16 +122,9 @@ def _treatment(
         return "fallback", "", reason or "added after construction"
     if not all(layer.is_trained for layer in layers):
         return "fallback", "", "its weight is not trained"
-    return "kfac", _factors(layers), "; ".join(_notes(layers, expanded))
-
-
-def _notes(layers: Sequence[Layer], expanded: set[str]) -> list[str]:
-    """What is worth knowing of a parameter's layers."""
-    tied = [layer.name for layer in layers if layer.primary is not layer]
-    notes = [f"one block with {', '.join(tied)}"] if tied else []
-    if any(layer.name in expanded for layer in layers):
-        notes.append("expanded: its leading size is no multiple of the batch size")
-    return notes
+    note = "expanded: its leading size is no multiple of the batch size"
+    is_expanded = any(layer.name in expanded for layer in layers)
+    return "kfac", _factors(layers), note if is_expanded else ""
 
 
 def _factors(layers: Sequence[Layer]) -> str:

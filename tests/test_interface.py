@@ -202,6 +202,36 @@ def test_outputs_picks_the_logits_where_the_criterion_is_not_called(
     assert torch.equal(optimizer.factor("body.0")[1], expected.factor("0")[1])
 
 
+@pytest.mark.parametrize("fisher", ["mc", "type-2"])
+def test_outputs_may_be_computed_anew_for_a_model_with_a_loss_of_its_own(fisher: Any) -> None:
+    class Language(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.body = nn.Linear(3, 4)
+
+        def forward(self, x: Tensor, y: Tensor) -> dict[str, Tensor]:
+            logits = self.body(x)
+            return {"loss": F.cross_entropy(logits.flatten(0, 1), y.flatten()), "logits": logits}
+
+    x, y = torch.randn(5, 2, 3), torch.arange(10).view(5, 2) % 4
+    factors = []
+    for by_criterion in (True, False):
+        model, criterion = Language(), nn.CrossEntropyLoss()
+        optimizer = KFAC(
+            model, lr=0.1, criterion=criterion, fisher=fisher,
+            outputs=lambda output: output["logits"].flatten(0, 1),
+        )  # fmt: skip
+        output = model(x, y)
+        if by_criterion:
+            criterion(output["logits"].flatten(0, 1), y.flatten()).backward()
+        else:
+            output["loss"].backward()
+        optimizer.step()
+        factors.append(optimizer.factor("body")[1])
+    assert torch.equal(*factors)
+
+
 def test_an_output_that_cannot_be_picked_is_an_error_with_the_remedy() -> None:
     model = Wrapped(lambda logits: {"logits": logits})
     optimizer = KFAC(model, lr=0.1, criterion=nn.CrossEntropyLoss())

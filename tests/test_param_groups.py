@@ -21,7 +21,16 @@ class Tied(nn.Module):
 
 
 class Subclass(nn.Linear):
-    pass
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x).relu()
+
+
+class OwnInitialisation(nn.Linear):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+
+    def reset_parameters(self) -> None:
+        nn.init.eye_(self.weight)
 
 
 def summary_of(model: nn.Module, **settings: object) -> dict[str, tuple[str, str]]:
@@ -33,6 +42,11 @@ def summary_of(model: nn.Module, **settings: object) -> dict[str, tuple[str, str
 def test_supported_layers_are_under_kfac() -> None:
     summary = summary_of(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2)))
     assert {treatment for treatment, _ in summary.values()} == {"kfac"}
+
+
+def test_a_subclass_that_computes_what_its_base_does_is_taken_for_it() -> None:
+    summary = summary_of(nn.Sequential(OwnInitialisation()))
+    assert summary["0.weight"] == ("kfac", "")
 
 
 @pytest.mark.parametrize(

@@ -246,7 +246,7 @@ def test_a_table_of_which_only_one_use_runs_has_the_factors_of_that_use() -> Non
 def test_the_summary_shows_one_block() -> None:
     rows = {r.parameter: r for r in KFAC(Predicting(), lr=0.1).summary()}
     assert rows["table.weight"].factors == "A 1×4×4, G 1×6×6"
-    assert rows["table.weight"].reason == "one block with table"
+    assert rows["table.weight"].reason == "one block with head"
     assert "head.weight" not in rows
 
 

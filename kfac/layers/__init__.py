@@ -26,14 +26,29 @@ _LAYER_TYPES = {module_type: layer for layer in _CLASSES for module_type in laye
 _FOREIGN_TYPES = {name: layer for layer in _CLASSES for name in layer.foreign_types}
 
 
-def layer_type_for(module: nn.Module) -> type[Layer] | None:
-    """Return the layer class for a module's exact type, None where there is none.
+# Methods that a subclass may have of its own and still compute what its base computes.
+_HARMLESS = {"__init__", "__setstate__", "_load_from_state_dict", "extra_repr", "reset_parameters"}
 
-    A subclass may compute something else (parametrised or quantised modules do), so it is not
-    taken for its base class.
+
+def layer_type_for(module: nn.Module) -> type[Layer] | None:
+    """Return the layer class for a module's type, None where there is none.
+
+    A subclass is taken for its base class if it inherits every method that takes part in the
+    computation, as one that only initialises differently does.
     """
     own = type(module)
-    return _LAYER_TYPES.get(own) or _FOREIGN_TYPES.get(f"{own.__module__}.{own.__qualname__}")
+    by_name = _FOREIGN_TYPES.get(f"{own.__module__}.{own.__qualname__}")
+    base = supported_base(module)
+    if by_name is not None or base is None:
+        return by_name
+    return _LAYER_TYPES[base] if _computes_like(own, base) else None
+
+
+def _computes_like(own: type[nn.Module], base: type[nn.Module]) -> bool:
+    lineage = base.__mro__[: base.__mro__.index(nn.Module)]
+    methods = {name for cls in lineage for name, value in vars(cls).items() if callable(value)}
+    decisive = (methods | {"__call__", "__getattr__"}) - _HARMLESS
+    return all(getattr(own, name) == getattr(base, name) for name in decisive)
 
 
 def supported_base(module: nn.Module) -> type[nn.Module] | None:

@@ -17,6 +17,7 @@ class LinearLayer(Layer):
         nn.Linear,
         NonDynamicallyQuantizableLinear,
     )
+    foreign_types: ClassVar[tuple[str, ...]] = ("timm.layers.linear.Linear",)
     calls_linear = True
 
     def dimensions(self) -> tuple[int, int, int]:

@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kfac.arguments import POSITIVE_INTEGER, Constraint, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
+from kfac.gradient_check import GradientCheck
 from kfac.graph import mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
@@ -96,6 +97,7 @@ class Capture:
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
+        self._check = GradientCheck(layers)
         self._uses: Uses | None = Uses()  # until the first forward has been checked
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
@@ -171,6 +173,7 @@ class Capture:
         if self.vectors is not None:
             self.vectors.start_step(step)
         self._unclaimed.clear()
+        self._check.report()
         self.discard()
 
     def discard(self) -> None:
@@ -178,6 +181,7 @@ class Capture:
         self.terms = 0.0
         self._count += 1
         self.statistics.discard()
+        self._check.give_up()
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -213,7 +217,7 @@ class Capture:
         """After the first forward, report what was not seen and stop looking where all was."""
         if not self.active or self._uses is None or not self._uses.taps:
             return
-        self._uses.warn_of_unseen(outputs)
+        self._check.leave_out(self._uses.warn_of_unseen(outputs))
         for children, handles in self._looking:
             if self._uses.were_only_called(children):
                 for handle in handles:
@@ -457,11 +461,15 @@ class Capture:
         foreign = Capture._running is not None and Capture._running is not self
         if foreign or not self.active:
             return last
-        if self.needs_pass and self._pass is None:
-            self._refuse_reentrant(targets[0].layer, recomputed)
-            return last
-        if self._pass is None and (torch.is_grad_enabled() or not self._are_trained(targets)):
-            return last  # a derivative inside the loss, or by an input
+        if self._pass is None:
+            if self.needs_pass:
+                self._refuse_reentrant(targets[0].layer, recomputed)
+            if torch.is_grad_enabled() or not self._are_trained(targets):
+                return last  # a derivative inside the loss, or by an input
+            for target in targets:
+                self._check.add(target.layer, target.input(x), target.gradient(gradient))
+            if self.needs_pass:
+                return last
         is_counted = self._pass is not None and last is self._pass
         for target in targets:
             inputs, gradients = target.input(x), target.gradient(gradient)

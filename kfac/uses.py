@@ -38,14 +38,21 @@ class Uses:
         weights = {layer.weight.parameter for layer in layers}
         return all(self.taps[weight] == self.calls[weight] > 0 for weight in weights)
 
-    def warn_of_unseen(self, outputs: Sequence[Tensor]) -> None:
-        """Warn of weights that also enter the model's outputs where no tap sees it."""
+    def warn_of_unseen(self, outputs: Sequence[Tensor]) -> list[nn.Parameter]:
+        """Warn of weights that also enter the model's outputs where no tap sees it.
+
+        Returns:
+            These weights.
+        """
+        unseen = []
         uses = count_uses(outputs, {name: weight for weight, name in self._names.items()})
         for weight, name in self._names.items():
             if uses[name] > self.taps[weight]:
+                unseen.append(weight)
                 warnings.warn(
                     f"The weight of the layer {name!r} is used {uses[name]} times in the forward "
                     f"pass, but K-FAC sees only {self.taps[weight]} of them. Leave the layer to "
                     "the fallback with skip=, or use the weight by calling its module.",
                     stacklevel=2,
                 )
+        return unseen

@@ -14,7 +14,9 @@ SOURCES = {p.relative_to(ROOT.parent): p.read_text() for p in ROOT.rglob("*.py")
 NOTHING: set[str] = set()
 ALLOWED = {
     **dict.fromkeys(["arguments", "covariance", "damping", "factors", "fisher"], NOTHING),
-    **dict.fromkeys(["assignment", "example_gradients", "graph", "hooks", "schedules", "update"], NOTHING),
+    **dict.fromkeys(
+        ["assignment", "example_gradients", "graph", "hooks", "schedules", "update"], NOTHING
+    ),
     "layers": {"covariance", "example_gradients", "factors"},
     "inverse": {"damping", "factors"},
     "checkpoint": {"factors"},
@@ -25,14 +27,28 @@ ALLOWED = {
     "summary": {"layers", "param_groups"},
     "vectors": {"fisher"},
     "linear_calls": {"layers"},
+    "gradient_check": {"layers"},
     "uses": {"graph", "layers"},
     "capture": {
-        "fisher", "graph", "hooks", "layers", "linear_calls", "statistics", "uses", "vectors"
+        "fisher",
+        "gradient_check",
+        "graph",
+        "hooks",
+        "layers",
+        "linear_calls",
+        "statistics",
+        "uses",
+        "vectors",
     },
     "distributed": NOTHING,
     "kronecker": {"factors", "layers"},
     "curvature": {
-        "checkpoint", "distributed", "example_gradients", "factors", "inverse", "kronecker",
+        "checkpoint",
+        "distributed",
+        "example_gradients",
+        "factors",
+        "inverse",
+        "kronecker",
         "layers",
     },
 }

@@ -238,6 +238,15 @@ class Layer(ABC):
         bias = self.primary.shape.d_in - gradients.shape[-1]
         return F.pad(gradients, (0, bias)), inputs
 
+    def summed_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ g aᵀ over all rows, ``[groups, d_out, d_in]``: the gradient, as a matrix.
+
+        Also ‖a‖ ‖g‖ over all rows, the scale of the rounding errors in the sum.
+        """
+        inputs, gradients = self.input_rows(x, 1)[0], self.gradient_rows(g, 1)[0]
+        total = torch.einsum("rgo,rgi->goi", gradients, inputs)
+        return total, inputs.norm() * gradients.norm()
+
     # --- parameters as a matrix ----------------------------------------------------------------
 
     def matrix(self, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -94,6 +94,14 @@ class ConvLayer(Layer):
         columns = self._batched(g).to(self.dtype).movedim(1, -1)
         return columns.reshape(examples, -1, self.shape.groups, self.shape.d_out)
 
+    def summed_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ g aᵀ over all patches, one example after the other, so that few are there at a time."""
+        total, scale = x.new_zeros(()), x.new_zeros(())
+        for one_x, one_g in zip(self._batched(x), self._batched(g), strict=True):
+            one_total, one_scale = super().summed_gradient(one_x, one_g)
+            total, scale = total + one_total, scale + one_scale
+        return total, scale
+
     def input_mean(self, x: Tensor, examples: int) -> Tensor:
         """Mean patch of each example; further leading axes count as positions."""
         x = self.patched(self._batched(x).to(self.dtype))

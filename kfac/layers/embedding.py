@@ -45,6 +45,14 @@ class TableLayer(Layer):
     def entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row, token and coefficient of everything in an input that may be not zero."""
 
+    def summed_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """As in :class:`Layer`, by way of the rows of the table that were used."""
+        rows, tokens, coefficients = self.entries(x)
+        parts = self.gradient_rows(g, 1)[0, :, 0][rows] * coefficients.unsqueeze(-1)
+        table = parts.new_zeros(self.shape.d_in, self.shape.d_out)
+        total = table.index_add_(0, tokens, parts).mT.unsqueeze(0)
+        return total, parts.norm() * len(parts) ** 0.5
+
     def squared_gradients(self, x: Tensor, g: Tensor, examples: int, basis: Basis) -> Tensor:
         """As in :class:`Layer`, by way of the rows of the table that each example has used.
 

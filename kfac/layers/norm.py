@@ -76,6 +76,11 @@ class NormLayer(Layer):
         mean = self._rows(self.normalized(x.to(self.dtype)), examples).mean(1).unsqueeze(-1)
         return append_one(mean) if self.has_bias else mean
 
+    def summed_gradient(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+        """As in :class:`Layer`; normalising has rounding errors of its own, where x̂ is small."""
+        total, scale = super().summed_gradient(x, g)
+        return total, scale + g.to(self.dtype).norm() * self.row_count(x) ** 0.5
+
     def _rows(self, tensor: Tensor, examples: int) -> Tensor:
         """``[examples, positions, channels]``."""
         return self.channels_last(tensor).reshape(examples, -1, self.shape.groups)

@@ -75,11 +75,34 @@ def check_layers(
             _check_shapes(name, "inverse", layers[name]["inverse"], state)
 
 
+def fitting(
+    layers: Mapping[str, Any],
+    buckets: Sequence[Bucket],
+    states: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Any]:
+    """Those of the saved layers that have a place of the same shapes in these buckets."""
+    found = {}
+    for bucket, state in zip(buckets, states, strict=True):
+        for name in bucket.names:
+            saved = layers.get(name)
+            if saved is not None and _fits(saved, bucket, state):
+                found[name] = saved
+    return found
+
+
+def _fits(saved: Mapping[str, Any], bucket: Bucket, state: Mapping[str, Tensor]) -> bool:
+    pairs = ((saved["factors"], bucket.factors), (saved["inverse"], state))
+    return all(_shapes(theirs) == _shapes(mine, 1) for theirs, mine in pairs)
+
+
+def _shapes(tensors: Mapping[str, Tensor], skipped: int = 0) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape[skipped:]) for key, tensor in tensors.items()}
+
+
 def _check_shapes(
     layer: str, kind: str, saved: Mapping[str, Tensor], stacked: Mapping[str, Tensor]
 ) -> None:
-    theirs = {key: tuple(tensor.shape) for key, tensor in saved.items()}
-    mine = {key: tuple(tensor.shape[1:]) for key, tensor in stacked.items()}
+    theirs, mine = _shapes(saved), _shapes(stacked, 1)
     if theirs != mine:
         raise ValueError(
             f"The state dict has {kind} of shapes {theirs} for the layer {layer!r}, "
@@ -93,14 +116,16 @@ def load_layers(
     buckets: Sequence[Bucket],
     states: Sequence[Mapping[str, Tensor]],
 ) -> dict[str, bool]:
-    """Copy saved layers into the buckets, in their own dtype and device.
+    """Copy saved layers into the buckets, in the buckets' dtype and device.
 
     Returns:
-        Whether each layer has an inverse.
+        Whether each layer has an inverse; not for layers that were not saved.
     """
     ready = {}
     for bucket, state in zip(buckets, states, strict=True):
         for i, name in enumerate(bucket.names):
+            if name not in layers:
+                continue
             saved = layers[name]
             bucket.weight[i] = saved["weight"]
             for key, tensor in saved["factors"].items():

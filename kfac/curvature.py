@@ -335,13 +335,34 @@ class Curvature:
         checkpoint.check_setting(saved, "inverse", self.inverse.name)
         checkpoint.check_layers(saved["layers"], self._all_buckets, self._all_states)
 
+    def adopt(self, other: "Curvature") -> None:
+        """Take over the factors and inverses of the layers that are the same in another one."""
+        names = {
+            name
+            for name, layer in other.layers.items()
+            if name in self.layers
+            and layer.weight.parameter is self.layers[name].weight.parameter
+            and other._transposed.get(name) == self._transposed.get(name)
+        }
+        names |= {side for name in names for side in self._transposed.get(name, ())}
+        layers = other.state_dict()["layers"]
+        kept = {name: saved for name, saved in layers.items() if name in names}
+        kept = checkpoint.fitting(kept, self._all_buckets, self._all_states)
+        self._load_layers(kept)
+        self.counters = dict(other.counters)
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
         self.discard()
-        ready = checkpoint.load_layers(saved["layers"], self._all_buckets, self._all_states)
-        self.ready = {name: ready[name] for name in self.layers}
-        self._seen = {name: ready[name] or self.has_statistics(name) for name in self.layers}
+        self._load_layers(saved["layers"])
         self.counters = dict(saved["counters"])
+
+    def _load_layers(self, layers: Mapping[str, Any]) -> None:
+        ready = checkpoint.load_layers(layers, self._all_buckets, self._all_states)
+        self.ready = {name: ready.get(name, False) for name in self.layers}
+        self._seen = {
+            name: ready or self.has_statistics(name) for name, ready in self.ready.items()
+        }
         self._made_from = [None] * len(self.buckets)
 
 

@@ -83,6 +83,20 @@ class Fallback:
         with _gradients_replaced(members, used):
             self.optimizer.step()
 
+    def adopt(self, other: "Fallback") -> None:
+        """Take over settings and state from a fallback for an earlier set of parameters."""
+        members = {p for group in self.optimizer.param_groups for p in group["params"]}
+        for parameter, state in other.optimizer.state.items():
+            if parameter in members:
+                self.optimizer.state[parameter] = state
+        for i, source in enumerate(self._sources):
+            if source in other._sources:
+                j = other._sources.index(source)
+                settings = dict(other.optimizer.param_groups[j])
+                del settings["params"]
+                self.optimizer.param_groups[i].update(settings)
+                self._base[i] = other._base[j]
+
     def state_dict(self) -> dict[str, Any]:
         """State of the inner optimizer, its type and the learning rates that schedules refer to."""
         return {

@@ -133,8 +133,9 @@ class KFAC(torch.optim.Optimizer):
             "damping": damping,
         }
         self._constructed = False
+        self._damping_schedules: list[Scheduled[float]] = []
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._damping_schedules = self._take_schedules(damping)
+        self.defaults["damping"] = Scheduled("KFAC", "damping", damping, POSITIVE).at(0)
         self._engine = Preconditioner(
             model,
             [p for group in self.param_groups for p in group["params"]],
@@ -157,6 +158,7 @@ class KFAC(torch.optim.Optimizer):
             owner="KFAC",
         )
         self._fallback_ids: set[int] = set()
+        self._fallback_choice = fallback
         self._fallback = self._make_fallback(fallback)
         self._kl_clip_scale = torch.ones(())
         # GradScaler then hands over its scale and found_inf instead of deciding by itself.
@@ -164,17 +166,12 @@ class KFAC(torch.optim.Optimizer):
         self._constructed = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group while the optimizer is constructed; afterwards it is refused.
+        """Add a group, and after construction find its layers; see :meth:`update_layers`.
 
         Raises:
-            ValueError: If a setting of the group violates its constraint, cannot be set per group,
-                or the optimizer is already constructed.
+            ValueError: If a setting of the group violates its constraint or cannot be set per
+                group; nothing has changed then.
         """
-        if self._constructed:
-            raise ValueError(
-                "KFAC.add_param_group(...) must be called before training, but the layers are "
-                "fixed at construction. Construct a new KFAC with the parameters to add."
-            )
         not_per_group = (_ARGUMENTS - _GROUP_KEYS) & param_group.keys()
         for key in not_per_group:
             settable = ", ".join(sorted(_GROUP_CONSTRAINTS | {"damping": None}))
@@ -187,17 +184,31 @@ class KFAC(torch.optim.Optimizer):
             param_group[key] = _plain(settings[key])
         if settings["nesterov"] and settings["momentum"] == 0:
             raise argument_error("KFAC", "nesterov", "False without momentum", True)
+        schedule = Scheduled("KFAC", "damping", settings["damping"], POSITIVE)
+        # Schedules stay out of the groups, whose values go into checkpoints.
+        param_group["damping"] = _plain(schedule.at(self._engine.steps if self._constructed else 0))
         super().add_param_group(param_group)
+        self._damping_schedules.append(schedule)
+        if self._constructed:
+            try:
+                self.update_layers()
+            except ValueError:
+                self.param_groups.pop()
+                self._damping_schedules.pop()
+                raise
 
-    def _take_schedules(self, damping: Damping) -> list[Scheduled[float]]:
-        """Keep schedules out of the groups, whose values go into checkpoints."""
-        schedules = [
-            Scheduled("KFAC", "damping", group["damping"], POSITIVE) for group in self.param_groups
-        ]
-        for group, schedule in zip(self.param_groups, schedules, strict=True):
-            group["damping"] = _plain(schedule.at(0))
-        self.defaults["damping"] = Scheduled("KFAC", "damping", damping, POSITIVE).at(0)
-        return schedules
+    def update_layers(self) -> None:
+        """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.
+
+        As :meth:`kfac.Preconditioner.update_layers`, with the parameters of all groups. Parameters
+        that are new to the model have to be in a group: pass them to :meth:`add_param_group`, which
+        calls this.
+        """
+        self._engine.update_layers([p for group in self.param_groups for p in group["params"]])
+        old = self._fallback
+        self._fallback = self._make_fallback(self._fallback_choice)
+        if old is not None and self._fallback is not None:
+            self._fallback.adopt(old)
 
     def _make_fallback(self, fallback: FallbackName | OptimizerFactory) -> Fallback | None:
         if fallback == "sgd":

@@ -181,16 +181,16 @@ class Preconditioner:
         )
         self.model = model
         self.ranks = Ranks.of(model)
-        self.params = checked_params(owner, model.parameters() if params is None else params)
-        self.layers, self._reasons = find_layers(
-            model,
-            self.params,
-            owner=owner,
-            skip=skip,
-            weight_sharing=weight_sharing,
-            max_factor_dim=max_factor_dim,
-            identity_g=self.fisher == "forward-only",
-        )
+        self._given_params = params
+        self._finding: dict[str, Any] = {
+            "owner": owner,
+            "skip": skip,
+            "weight_sharing": weight_sharing,
+            "max_factor_dim": max_factor_dim,
+            "identity_g": self.fisher == "forward-only",
+        }
+        self.params = self._checked_params(params)
+        self.layers, self._reasons = find_layers(model, self.params, **self._finding)
         self.blocks = Curvature(self.layers, self.inverse)
         self.steps = 0
         self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
@@ -205,18 +205,50 @@ class Preconditioner:
                 seed=int(seed),
                 rank=self.ranks.rank,
             )
-        self.capture = Capture(
-            model,
-            self.layers,
-            self.blocks.accumulate,
-            fisher=self.fisher,
-            likelihood=self.likelihood,
-            criterion=criterion,
-            outputs=outputs,
-            loss_terms=loss_terms,
-            vectors=self._vectors,
-            bases=self.blocks.basis if self.inverse.has_second_moments else None,
+        self._watching: dict[str, Any] = {
+            "fisher": self.fisher,
+            "likelihood": self.likelihood,
+            "criterion": criterion,
+            "outputs": outputs,
+            "loss_terms": loss_terms,
+            "vectors": self._vectors,
+        }
+        self.capture = self._watch()
+
+    def _checked_params(self, params: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
+        owner = self._finding["owner"]
+        return checked_params(owner, self.model.parameters() if params is None else params)
+
+    def _watch(self) -> Capture:
+        """Put the hooks for the present layers on the model."""
+        bases = self.blocks.basis if self.inverse.has_second_moments else None
+        return Capture(
+            self.model, self.layers, self.blocks.accumulate, bases=bases, **self._watching
         )
+
+    def update_layers(self, params: Sequence[nn.Parameter] | None = None) -> None:
+        """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.
+
+        Call it between two steps. Layers whose weight is still the same parameter keep their
+        factors and inverses, new layers start without, and the next backward pass updates the
+        factors of all. Statistics of an unfinished step are forgotten.
+
+        Args:
+            params: The parameters that are trained from now on; by default what was passed at
+                construction, or all of the model's if nothing was.
+
+        Raises:
+            ValueError: If an entry of ``skip`` matches nothing any more, or no parameter is left to
+                train; nothing has changed then.
+        """
+        params = self._checked_params(self._given_params if params is None else params)
+        layers, reasons = find_layers(self.model, params, **self._finding)
+        blocks = Curvature(layers, self.inverse)
+        blocks.adopt(self.blocks)
+        self.capture.remove()
+        self.params, self.layers, self._reasons, self.blocks = params, layers, reasons, blocks
+        self.capture = self._watch()
+        self.capture.end_step(self.steps)
 
     # --- one step, in the order in which it happens --------------------------------------------
 

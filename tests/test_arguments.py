@@ -174,9 +174,3 @@ def test_numbers_of_other_libraries_become_plain_ones() -> None:
     optimizer.step()
     group = optimizer.param_groups[0]
     assert {type(group[key]) for key in ("lr", "momentum", "damping")} == {float}
-
-
-def test_groups_cannot_be_added_later() -> None:
-    optimizer = KFAC(nn.Linear(2, 2), lr=0.1)
-    with pytest.raises(ValueError, match="before training"):
-        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})

@@ -11,6 +11,7 @@ Statistics thus enter only with a backward pass of the user, so ``zero_grad`` ca
 a batch that was given up, wherever in the loop it stands.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -20,13 +21,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac.arguments import POSITIVE_INTEGER, Constraint, check
+from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
 from kfac.graph import mark, mark_of, marks_behind, receives_gradient
 from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import LinearCalls, Target
+from kfac.names import unwrapped
 from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
 from kfac.uses import Uses
 from kfac.vectors import OutputVectors
@@ -36,6 +38,12 @@ OutputSelector = str | int | Callable[[Any], Tensor]
 OUTPUTS = Constraint(
     "a key, an index, a callable or None",
     lambda v: v is None or callable(v) or (isinstance(v, (str, int)) and not isinstance(v, bool)),
+)
+PositionMask = str | Callable[..., Tensor | None]
+
+POSITION_MASK = Constraint(
+    "the name of an argument of the model, a callable or None",
+    lambda v: v is None or callable(v) or isinstance(v, str),
 )
 LOSS_TERMS = Constraint(
     "an integer >= 1, a callable or None",
@@ -55,6 +63,7 @@ class Capture:
         criterion: The object that the user calls to compute the loss, if it is a module.
         outputs: Picks the tensor that the loss is computed from out of the model's output.
         loss_terms: Number of loss terms in a batch where it is not the batch size.
+        position_mask: Where a call's argument or a function of all tells which positions are real.
         vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
 
@@ -79,6 +88,7 @@ class Capture:
         criterion: object,
         outputs: OutputSelector | None,
         loss_terms: int | Callable[..., int] | None,
+        position_mask: PositionMask | None,
         vectors: OutputVectors | None,
         bases: Bases | None,
     ) -> None:
@@ -86,6 +96,7 @@ class Capture:
         self.likelihood = likelihood
         self.outputs = outputs
         self.loss_terms = loss_terms
+        self.position_mask = position_mask
         self.vectors = vectors
         self.active = True
         self.terms: Tensor | float = 0.0
@@ -102,6 +113,9 @@ class Capture:
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
         self._model = model
+        self._signature = inspect.signature(unwrapped(model).forward)
+        if isinstance(position_mask, str):
+            _check_parameter(position_mask, self._signature)
         self._layers = layers
         self._linear_calls = LinearCalls(
             [layer for layer in layers if layer.calls_linear], self._tap_linear
@@ -195,8 +209,25 @@ class Capture:
         if callable(terms):
             terms = terms(*args, **kwargs)
             check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
-        self._record = ForwardRecord(batch_size, terms)
+        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
         self._in_forward = True
+
+    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+        """Which positions of a call are real, as a boolean tensor."""
+        if self.position_mask is None:
+            return None
+        if callable(self.position_mask):
+            mask = self.position_mask(*args, **kwargs)
+        elif self.position_mask in kwargs:
+            mask = kwargs[self.position_mask]
+        else:
+            mask = self._signature.bind_partial(*args, **kwargs).arguments.get(self.position_mask)
+        if mask is None:
+            return None
+        if not isinstance(mask, Tensor):
+            constraint = "the name of a tensor argument, or a function that returns a tensor"
+            raise argument_error("KFAC", "position_mask", constraint, mask, "(for this call)")
+        return mask.detach() != 0
 
     def _end_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Watch the model's output for the user's backward pass."""
@@ -491,6 +522,16 @@ class Capture:
                 "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
                 "fisher='empirical'."
             )
+
+
+def _check_parameter(name: str, signature: inspect.Signature) -> None:
+    """Refuse the name of an argument that a model does not take."""
+    parameters = signature.parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if name not in parameters and not takes_any:
+        raise argument_error(
+            "KFAC", "position_mask", f"one of the model's arguments {list(parameters)}", name
+        )
 
 
 class Claims:

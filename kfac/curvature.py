@@ -67,7 +67,7 @@ class Curvature:
 
     # --- statistics ----------------------------------------------------------------------------
 
-    def accumulate(self, layer: str, factor: str, moment: Tensor, rows: int) -> None:
+    def accumulate(self, layer: str, factor: str, moment: Tensor, rows: int | Tensor) -> None:
         """Add a batch's moment to a layer's pending sum; see :meth:`Bucket.accumulate`."""
         bucket, index = self._slots[layer]
         bucket.accumulate(index, factor, moment, rows)
@@ -112,7 +112,7 @@ class Curvature:
             # Of several processes, only a message tells which layers have run in another one.
             ran = bucket.rows if ranks.size == 1 else counts.tolist()
             for name, count in zip(bucket.names, ran, strict=True):
-                self._seen[self._primaries[name]] |= count > 0
+                self._seen[self._primaries[name]] |= isinstance(count, Tensor) or count > 0
             dropped += bucket.fold(counts, decay, accept).sum().to(dropped)
         self.counters["factor_updates"] += 1
         self._made_from = [None] * len(self.buckets)

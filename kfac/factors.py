@@ -49,7 +49,7 @@ class Bucket:
             and "S" ``[layers, groups, d_out, d_in]``.
         pending: Sums of the statistics since the last step, like ``factors``.
         weight: Total weight of each layer's running average ``[layers]``; 0 before the first.
-        rows: Number of input rows in each layer's pending sum of A.
+        rows: Number of input rows in each layer's pending sum of A; a tensor where it is data.
         is_empty: Whether nothing is pending.
     """
 
@@ -61,7 +61,7 @@ class Bucket:
     factors: dict[str, Tensor] = field(init=False)
     pending: dict[str, Tensor] = field(init=False)
     weight: Tensor = field(init=False)
-    rows: list[int] = field(init=False)
+    rows: list[int | Tensor] = field(init=False)
     is_empty: bool = field(init=False, default=True)
 
     def __post_init__(self) -> None:
@@ -95,7 +95,7 @@ class Bucket:
             for name, tensor in tensors.items():
                 tensors[name] = tensor.to(device)
 
-    def accumulate(self, index: int, name: str, moment: Tensor, rows: int = 0) -> None:
+    def accumulate(self, index: int, name: str, moment: Tensor, rows: int | Tensor = 0) -> None:
         """Add one batch's unnormalised second moment to a layer's pending sum.
 
         Args:
@@ -126,12 +126,21 @@ class Bucket:
         Returns:
             ``[layers]``: 1 for a layer with statistics, 0 for one without.
         """
-        rows = torch.tensor(self.rows, dtype=self.dtype).to(self.device, non_blocking=True)
+        rows = self._row_counts()
         if "A" in self.pending:
             self.pending["A"] /= _like(rows.clamp(min=1), self.pending["A"])
         for name in self.pending.keys() - {"A"}:
             self.pending[name] *= g_scale.to(self.pending[name])
         return rows.clamp(max=1)
+
+    def _row_counts(self) -> Tensor:
+        """Number of rows of each layer, ``[layers]``; without waiting for the device."""
+        known = [0 if isinstance(count, Tensor) else count for count in self.rows]
+        counts = torch.tensor(known, dtype=self.dtype).to(self.device, non_blocking=True)
+        for index, count in enumerate(self.rows):
+            if isinstance(count, Tensor):
+                counts[index] = count
+        return counts
 
     def fold(self, present: Tensor, decay: float, accept: Tensor) -> Tensor:
         """Fold pending averages into the running ones and forget them.

@@ -18,7 +18,7 @@ from kfac.arguments import (
     argument_error,
     check,
 )
-from kfac.capture import OutputSelector
+from kfac.capture import OutputSelector, PositionMask
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.inverse import Inverse, InverseName
@@ -108,6 +108,7 @@ class KFAC(torch.optim.Optimizer):
         max_vectors: int = 1024,
         loss_reduction: LossReduction | None = None,
         loss_terms: int | Callable[..., int] | None = None,
+        position_mask: PositionMask | None = None,
         weight_sharing: SharingRule = "expand",
         inverse: InverseName | Inverse = "cholesky",
         factor_decay: float = 0.95,
@@ -146,6 +147,7 @@ class KFAC(torch.optim.Optimizer):
             max_vectors=max_vectors,
             loss_reduction=loss_reduction,
             loss_terms=loss_terms,
+            position_mask=position_mask,
             weight_sharing=weight_sharing,
             inverse=inverse,
             factor_decay=factor_decay,

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from kfac.arguments import Constraint, argument_error
 from kfac.layers import Layer, WeightSharing, layer_type_for, supported_base
+from kfac.names import clean_names, joined
 from kfac.ties import Candidate, layers_of, sharing_one_weight
 
 Skip = str | type[nn.Module]
@@ -22,34 +22,6 @@ SKIP = Constraint(
         and all(isinstance(e, str) or (isinstance(e, type) and issubclass(e, nn.Module)) for e in v)
     ),
 )
-
-# Names that wrappers give to what they wrap, beside the common "module" of the parallel ones.
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
-
-
-def clean_names(model: nn.Module) -> dict[str, str]:
-    """Names of all modules without what DDP, ``torch.compile`` and other wrappers put into them.
-
-    Returns:
-        From the name in ``model.named_modules()`` to the clean one.
-    """
-    clean = {"": ""}
-    parents = {"": model}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if not name:
-            continue
-        parent, _, leaf = name.rpartition(".")
-        parents[name] = module
-        is_wrapper = leaf in _WRAPPERS or (
-            leaf == "module" and isinstance(parents[parent], DistributedDataParallel | DataParallel)
-        )
-        clean[name] = clean[parent] if is_wrapper else f"{clean[parent]}.{leaf}".lstrip(".")
-    return clean
-
-
-def joined(module: str, parameter: str) -> str:
-    """Dotted name of a parameter of a module, whose own name may be empty."""
-    return f"{module}.{parameter}".lstrip(".")
 
 
 def find_layers(

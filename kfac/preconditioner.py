@@ -17,7 +17,14 @@ from kfac.arguments import (
     check,
     one_of,
 )
-from kfac.capture import LOSS_TERMS, OUTPUTS, Capture, OutputSelector
+from kfac.capture import (
+    LOSS_TERMS,
+    OUTPUTS,
+    POSITION_MASK,
+    Capture,
+    OutputSelector,
+    PositionMask,
+)
 from kfac.curvature import Curvature
 from kfac.distributed.communication import Ranks
 from kfac.fisher import (
@@ -92,6 +99,9 @@ class Preconditioner:
         loss_reduction: ``"mean"`` or ``"sum"``; read from ``criterion`` where there is one.
         loss_terms: Number of terms in a batch's loss, or a function of the model's arguments that
             returns it; the batch size by default. Not used with a criterion.
+        position_mask: Which positions of a batch are real and not padding: the name of an argument
+            of the model, or a function of its arguments, ``[N, T]`` with 0 for padding. Inputs of
+            padded positions then stay out of A.
         weight_sharing: ``"expand"``, ``"reduce"`` or a function of name and module.
         inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping), ``"ekfac"`` (exact
             damping, measured eigenvalues) or a strategy.
@@ -130,6 +140,7 @@ class Preconditioner:
         max_vectors: int = 1024,
         loss_reduction: LossReduction | None = None,
         loss_terms: int | Callable[..., int] | None = None,
+        position_mask: PositionMask | None = None,
         weight_sharing: SharingRule = "expand",
         inverse: InverseName | Inverse = "cholesky",
         factor_decay: float = 0.95,
@@ -149,6 +160,7 @@ class Preconditioner:
             ("max_vectors", max_vectors, POSITIVE_INTEGER, ""),
             ("loss_reduction", loss_reduction, one_of(["mean", "sum", None]), ""),
             ("loss_terms", loss_terms, LOSS_TERMS, ""),
+            ("position_mask", position_mask, POSITION_MASK, ""),
             ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
             ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
             ("skip", skip, SKIP, "A single entry still goes into a tuple."),
@@ -211,6 +223,7 @@ class Preconditioner:
             "criterion": criterion,
             "outputs": outputs,
             "loss_terms": loss_terms,
+            "position_mask": position_mask,
             "vectors": self._vectors,
         }
         self.capture = self._watch()

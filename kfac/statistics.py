@@ -13,7 +13,7 @@ from kfac.layers import Layer
 from kfac.layers.base import row_moment
 
 # Block name, factor "A", "G" or "S", its second moment, the number of rows in it (of an "A").
-Sink = Callable[[str, str, Tensor, int], None]
+Sink = Callable[[str, str, Tensor, int | Tensor], None]
 # Eigenbasis of a block by name, None before there is one.
 Bases = Callable[[str], Basis | None]
 
@@ -25,6 +25,7 @@ class ForwardRecord:
     Attributes:
         batch_size: Size of the first axis of the model's first tensor argument.
         loss_terms: Number of terms in its loss, where there is no criterion to tell.
+        mask: Which positions are real and not padding ``[examples, positions]``, None for all.
         counted: In which count its loss terms were included, -1 for none.
         normalizer: What was counted for it, where there is a criterion.
         taps: How often each block was tapped.
@@ -34,6 +35,7 @@ class ForwardRecord:
 
     batch_size: int | None
     loss_terms: int | None
+    mask: Tensor | None = None
     counted: int = -1
     normalizer: Tensor | None = None
     taps: Counter[str] = field(default_factory=Counter)
@@ -55,13 +57,13 @@ class PositionSums:
 
     Attributes:
         layer: The layer.
-        rows: Examples times positions in ``inputs``.
+        positions: Positions in ``inputs``, of all examples alike or of each ``[examples]``.
         inputs: Σₜ a ``[examples, groups, d_in]``.
         gradients: Σₜ g ``[examples, groups, d_out]`` of the current backward pass.
     """
 
     layer: Layer
-    rows: int = 0
+    positions: int | Tensor = 0
     inputs: Tensor | None = None
     gradients: Tensor | None = None
 
@@ -103,13 +105,19 @@ class Statistics:
             examples = self._examples(layer, record, gradient)
             if examples is None or record is None or layer.weight_sharing == "expand":
                 if count_input:
-                    self.sink(layer.block, "A", layer.input_moment(x), layer.row_count(x))
+                    self._take_input(layer, _mask_of(layer, record, x), x)
                 if self.with_gradients:
                     self.sink(layer.block, "G", layer.gradient_moment(gradient), 0)
             else:
                 self._sum(layer, record, examples, x if count_input else None, gradient)
             if self.bases is not None:
                 self._keep_call(Call(layer, x, gradient), record, examples, self.bases)
+
+    def _take_input(self, layer: Layer, mask: Tensor | None, x: Tensor) -> None:
+        if mask is None:
+            self.sink(layer.block, "A", layer.input_moment(x), layer.row_count(x))
+        else:
+            self.sink(layer.block, "A", layer.masked_moment(x, mask.flatten()), mask.sum())
 
     def _examples(self, layer: Layer, record: ForwardRecord | None, gradient: Tensor) -> int | None:
         """Number of examples in a call, None where every row has to count as one."""
@@ -166,10 +174,15 @@ class Statistics:
             self._open.append(record)
         sums = record.sums.setdefault(layer.block, PositionSums(layer))
         if x is not None:
-            rows = layer.row_count(x)
-            inputs = layer.input_mean(x, examples) * (rows // examples)
+            mask = _mask_of(layer, record, x)
+            if mask is None:
+                positions: int | Tensor = layer.row_count(x) // examples
+                inputs = layer.input_mean(x, examples) * positions
+            else:
+                mask = mask.reshape(examples, -1)
+                positions, inputs = mask.sum(1), layer.masked_sum(x, mask)
             sums.inputs = inputs if sums.inputs is None else sums.inputs + inputs
-            sums.rows += rows
+            sums.positions = sums.positions + positions
         if self.with_gradients:
             total = layer.gradient_sum(gradient, examples)
             sums.gradients = total if sums.gradients is None else sums.gradients + total
@@ -194,9 +207,11 @@ class Statistics:
         for record in self._open:
             for name, sums in record.sums.items():
                 if sums.inputs is not None:
-                    examples = len(sums.inputs)
-                    mean = sums.inputs * (examples / sums.rows)
-                    self.sink(name, "A", row_moment(mean, sums.layer.shape.a_kind), examples)
+                    positions = sums.positions
+                    if isinstance(positions, Tensor):
+                        positions = positions.clamp(min=1).to(sums.inputs).view(-1, 1, 1)
+                    moment = row_moment(sums.inputs / positions, sums.layer.shape.a_kind)
+                    self.sink(name, "A", moment, len(sums.inputs))
         self.discard()
 
     def discard(self) -> None:
@@ -205,3 +220,12 @@ class Statistics:
             record.sums.clear()
             record.calls.clear()
         self._open.clear()
+
+
+def _mask_of(layer: Layer, record: ForwardRecord | None, x: Tensor) -> Tensor | None:
+    """The mask of the model's positions, if a layer's input has just these."""
+    if record is None or record.mask is None:
+        return None
+    shape = layer.leading_shape(x)
+    is_flat = shape == (record.mask.numel(),)
+    return record.mask if is_flat or shape == tuple(record.mask.shape) else None

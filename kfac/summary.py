@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from kfac.layers import Layer
-from kfac.param_groups import clean_names, joined
+from kfac.names import clean_names, joined
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ NOTHING: set[str] = set()
 ALLOWED = {
     **dict.fromkeys(["arguments", "covariance", "damping", "factors", "fisher"], NOTHING),
     **dict.fromkeys(
-        ["assignment", "example_gradients", "graph", "hooks", "schedules", "update"], NOTHING
+        ["assignment", "example_gradients", "graph", "hooks", "names", "schedules", "update"], NOTHING
     ),
     "layers": {"covariance", "example_gradients", "factors"},
     "inverse": {"damping", "factors"},
@@ -23,22 +23,15 @@ ALLOWED = {
     "fallback": NOTHING,
     "statistics": {"example_gradients", "layers"},
     "ties": {"layers"},
-    "param_groups": {"layers", "ties"},
-    "summary": {"layers", "param_groups"},
+    "param_groups": {"layers", "names", "ties"},
+    "summary": {"layers", "names"},
     "vectors": {"fisher"},
     "linear_calls": {"layers"},
     "gradient_check": {"layers"},
     "uses": {"graph", "layers"},
     "capture": {
-        "fisher",
-        "gradient_check",
-        "graph",
-        "hooks",
-        "layers",
-        "linear_calls",
-        "statistics",
-        "uses",
-        "vectors",
+        "fisher", "gradient_check", "graph", "hooks", "layers", "linear_calls", "names",
+        "statistics", "uses", "vectors",
     },
     "distributed": NOTHING,
     "kronecker": {"factors", "layers"},

@@ -58,6 +58,7 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     ("loss_terms", 4, {"criterion": CRITERION}),
     ("outputs", "logits", {}),
     *[("num_samples", 2, {"fisher": fisher}) for fisher in ("empirical", "forward-only")],
+    *[("position_mask", value, {}) for value in (1, torch.ones(2))],
     *[("weight_sharing", value, {}) for value in ("mean", None, lambda name, module: None)],
     *[("inverse", value, {}) for value in ("qr", Cholesky, None, 1)],
     *[("factor_decay", value, {}) for value in (-0.1, 1.0, NAN, None)],

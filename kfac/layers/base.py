@@ -221,6 +221,20 @@ class Layer(ABC):
         """Sum of g over the positions of each example, ``[examples, groups, d_out]``."""
         return self.gradient_rows(g, examples).sum(1)
 
+    def leading_shape(self, x: Tensor) -> tuple[int, ...]:
+        """Sizes of the axes of examples and positions that a mask may have; empty for none."""
+        return ()
+
+    def masked_moment(self, x: Tensor, mask: Tensor) -> Tensor:
+        """As :meth:`input_moment`, over the rows where ``mask [rows]`` is 1 and not 0."""
+        rows = self.input_rows(x, 1)[0]
+        return row_moment(rows * mask.to(rows).view(-1, 1, 1), self.shape.a_kind)
+
+    def masked_sum(self, x: Tensor, mask: Tensor) -> Tensor:
+        """Sum of a over the positions where ``mask [examples, positions]`` is 1 and not 0."""
+        rows = self.input_rows(x, len(mask))
+        return (rows * mask.to(rows).unsqueeze(-1).unsqueeze(-1)).sum(1)
+
     def squared_gradients(self, x: Tensor, g: Tensor, examples: int, basis: Basis) -> Tensor:
         """Σ over examples of the squares of their gradients in a basis, ``[groups, d_out, d_in]``.
 

@@ -115,6 +115,18 @@ class EmbeddingLayer(TableLayer):
         tokens = x.reshape(-1, 1)
         return self._counts(tokens).reshape(examples, -1, 1, self.shape.d_in)
 
+    def leading_shape(self, x: Tensor) -> tuple[int, ...]:
+        """All axes."""
+        return tuple(x.shape)
+
+    def masked_moment(self, x: Tensor, mask: Tensor) -> Tensor:
+        """How often each token occurs where the mask is 1."""
+        return self._counts(x.reshape(1, -1), mask.reshape(1, -1))
+
+    def masked_sum(self, x: Tensor, mask: Tensor) -> Tensor:
+        """How often each token occurs in each example where the mask is 1."""
+        return self._counts(x.reshape(mask.shape), mask).unsqueeze(1)
+
     def entries(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Every token in a row of its own, with the coefficient 1, or 0 for padding."""
         tokens = x.reshape(-1).long()
@@ -123,12 +135,13 @@ class EmbeddingLayer(TableLayer):
             coefficients = (tokens != self.module.padding_idx).to(self.dtype)
         return torch.arange(len(tokens), device=tokens.device), tokens, coefficients
 
-    def _counts(self, tokens: Tensor) -> Tensor:
+    def _counts(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """Occurrences of each token per row of ``tokens [n, m]``, ``[n, num_embeddings]``."""
         counts = torch.zeros(
             len(tokens), self.module.num_embeddings, dtype=self.dtype, device=tokens.device
         )
-        counts.scatter_add_(1, tokens.long(), torch.ones_like(tokens, dtype=self.dtype))
+        ones = torch.ones_like(tokens, dtype=self.dtype) if mask is None else mask.to(self.dtype)
+        counts.scatter_add_(1, tokens.long(), ones)
         if self.module.padding_idx is not None:
             counts[:, self.module.padding_idx] = 0
         return counts

@@ -33,6 +33,10 @@ class LinearLayer(Layer):
         """Product of the leading dimensions."""
         return x.numel() // x.shape[-1]
 
+    def leading_shape(self, x: Tensor) -> tuple[int, ...]:
+        """All axes but the features'."""
+        return tuple(x.shape[:-1])
+
     def input_rows(self, x: Tensor, examples: int) -> Tensor:
         """All axes between the examples and the features are positions."""
         rows = x.reshape(examples, -1, x.shape[-1]).to(self.dtype)

@@ -97,6 +97,10 @@ class LayerNormLayer(NormLayer):
     module_types = (nn.LayerNorm, nn.RMSNorm)
     module: nn.LayerNorm | nn.RMSNorm
 
+    def leading_shape(self, x: Tensor) -> tuple[int, ...]:
+        """All axes but those of the channels."""
+        return tuple(x.shape[: -len(self.module.normalized_shape)])
+
     def observed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
         """The only argument: ``input`` of the one, ``x`` of the other."""
         x: Tensor

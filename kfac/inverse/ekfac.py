@@ -23,6 +23,9 @@ class Ekfac(Eigen):
     what F would have on its diagonal there if it were Q diag(S) Qᵀ. The batch that the first basis
     is made of has been seen by then; its share of the average is λ_G λ_Aᵀ.
 
+    Where eigenvalues of A or of G coincide, as the zeros of a factor of low rank do, their
+    eigenvectors are not unique and neither is S: libraries may differ in the step.
+
     Cost:
         That of ``"eigen"``, and per factor update one per-example gradient for every example, layer
         by layer and some at a time; memory of S as the parameters, twice.

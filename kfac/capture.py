@@ -14,7 +14,6 @@ a batch that was given up, wherever in the loop it stands.
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,12 +24,12 @@ from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
 from kfac.graph import mark, mark_of, marks_behind, receives_gradient
-from kfac.hooks import ModuleHook, OutputTap, Tap, argument, on_backward
+from kfac.hooks import ModuleHook, OutputTap, argument, on_backward
 from kfac.layers import Layer
-from kfac.linear_calls import LinearCalls, Target
+from kfac.linear_calls import Target
 from kfac.names import unwrapped
 from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
-from kfac.uses import Uses
+from kfac.taps import Taps
 from kfac.vectors import OutputVectors
 
 OutputSelector = str | int | Callable[[Any], Tensor]
@@ -68,7 +67,7 @@ class Capture:
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
 
     Attributes:
-        active: Whether layers are tapped: whether the next step updates the factors.
+        taps: What sits on the layers' outputs.
         terms: Loss terms since the last step.
         statistics: What has been taken and not yet sent on.
     """
@@ -98,18 +97,15 @@ class Capture:
         self.loss_terms = loss_terms
         self.position_mask = position_mask
         self.vectors = vectors
-        self.active = True
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only", bases=bases)
-        self._probes: dict[torch.device, Tensor] = {}
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
         self._check = GradientCheck(layers)
-        self._uses: Uses | None = Uses()  # until the first forward has been checked
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
         self._model = model
@@ -117,53 +113,18 @@ class Capture:
         if isinstance(position_mask, str):
             _check_parameter(position_mask, self._signature)
         self._layers = layers
-        self._linear_calls = LinearCalls(
-            [layer for layer in layers if layer.calls_linear], self._tap_linear
-        )
-        # Linear layers next to each other, and the hooks on the module that holds them.
-        self._looking: list[tuple[list[Layer], list[RemovableHandle]]] = []
-        self._handles = self._register(model, layers, criterion)
+        self.taps = Taps(model, layers, self._visit, self._key)
+        self._handles = self._register(model, criterion)
 
-    def _register(
-        self, model: nn.Module, layers: Sequence[Layer], criterion: object
-    ) -> list[RemovableHandle]:
+    def _register(self, model: nn.Module, criterion: object) -> list[RemovableHandle]:
         before, after = ModuleHook(model, self._begin_forward), ModuleHook(model, self._end_forward)
         handles = [
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
-        for layer in layers:
-            if not layer.is_functional:
-                hook = ModuleHook(layer.module, self._tap_call, layer)
-                # First in line: what other hooks make of the output is not the layer's own output.
-                handle = layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-                handles.append(handle)
-        handles += self._register_looks(model, layers)
         if isinstance(criterion, nn.Module):
             hook = ModuleHook(criterion, self._claim)
             handles.append(criterion.register_forward_pre_hook(hook, with_kwargs=True))
-        return handles
-
-    def _register_looks(self, model: nn.Module, layers: Sequence[Layer]) -> list[RemovableHandle]:
-        """Watch the modules that may use linear layers' weights without calling the layers."""
-        handles = []
-        for module in model.modules():
-            children = set(module.children())
-            nearby = [
-                layer
-                for layer in layers
-                if (layer.calls_linear and layer.module in children)
-                or (layer.is_functional and layer.module is module)
-            ]
-            if not nearby or type(module) is nn.Sequential:
-                continue
-            before, after = ModuleHook(module, self._look), ModuleHook(module, self._look_away)
-            pair = [
-                module.register_forward_pre_hook(before),
-                module.register_forward_hook(after, always_call=True),
-            ]
-            self._looking.append((nearby, pair))
-            handles += pair
         return handles
 
     def remove(self) -> None:
@@ -171,11 +132,16 @@ class Capture:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        self.schedule(active=False)
+        self.taps.remove()
 
     def schedule(self, *, active: bool) -> None:
         """Say whether the next step updates the factors; never once the hooks are removed."""
-        self.active = active and bool(self._handles)
+        self.taps.active = active and bool(self._handles)
+
+    @property
+    def active(self) -> bool:
+        """Whether layers are tapped: whether the next step updates the factors."""
+        return self.taps.active
 
     @property
     def needs_pass(self) -> bool:
@@ -210,6 +176,7 @@ class Capture:
             terms = terms(*args, **kwargs)
             check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
         self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
+        self.taps.record = self._record
         self._in_forward = True
 
     def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -236,24 +203,13 @@ class Capture:
         if record is None or not torch.is_grad_enabled():
             return
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
-        self._check_uses(tensors)
+        self._check.leave_out(self.taps.unseen_weights(tensors))
         for tensor in tensors:
             mark(tensor, self._key, record)
             if self.likelihood is None:
                 on_backward(tensor, self._count_terms, record)
         if self.likelihood is not None and not self._criterion_called:
             self._watch_unclaimed(record, self._select(output), tensors)
-
-    def _check_uses(self, outputs: Sequence[Tensor]) -> None:
-        """After the first forward, report what was not seen and stop looking where all was."""
-        if not self.active or self._uses is None or not self._uses.taps:
-            return
-        self._check.leave_out(self._uses.warn_of_unseen(outputs))
-        for children, handles in self._looking:
-            if self._uses.were_only_called(children):
-                for handle in handles:
-                    handle.remove()
-        self._uses = None
 
     def _watch_unclaimed(
         self, record: ForwardRecord, output: Tensor | None, tensors: Sequence[Tensor]
@@ -280,55 +236,6 @@ class Capture:
         if self.outputs is not None:
             output = self.outputs(output) if callable(self.outputs) else output[self.outputs]
         return output if isinstance(output, Tensor) else None
-
-    def _tap_call(
-        self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
-    ) -> Tensor | None:
-        """A layer's module was called: put a tap on its output if its statistics are due."""
-        if not (self._is_due(layer, output) and layer.module.weight is layer.weight.parameter):
-            return None
-        if self._uses is not None:
-            self._uses.add_call(layer)
-        if mark_of(output, f"{self._key} tapped"):
-            return None  # the call inside of the module was seen
-        x = layer.observed(args, kwargs)
-        problem = layer.problem_of_call(x, output)
-        if problem is not None:
-            raise RuntimeError(problem)
-        return self._tap([Target(layer.as_called())], x, output)
-
-    def _tap_linear(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
-        """``F.linear`` was called with a layer's weight: likewise."""
-        due = [target for target in targets if self._is_due(target.layer, output)]
-        return self._tap(due, x, output) if due else output
-
-    def _is_due(self, layer: Layer, output: Tensor) -> bool:
-        recorded = torch.is_grad_enabled() and output.requires_grad
-        return self.active and recorded and layer.is_trained
-
-    def _tap(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
-        recomputed = torch._C._current_graph_task_id() != -1
-        on_gradient = partial(self._visit, targets, self._record, recomputed)
-        if self._record is not None:
-            self._record.taps.update(target.layer.primary.name for target in targets)
-        if self._uses is not None:
-            self._uses.add_taps(target.layer for target in targets)
-        tapped: Tensor = Tap.apply(output, self._probe(output.device), x.detach(), on_gradient)
-        mark(tapped, f"{self._key} tapped", True)
-        return tapped
-
-    def _look(self, *_: Any) -> None:
-        """A module that may use a linear layer's weight without calling it has been entered."""
-        if self.active:
-            self._linear_calls.enter()
-
-    def _look_away(self, *_: Any) -> None:
-        self._linear_calls.leave()
-
-    def _probe(self, device: torch.device) -> Tensor:
-        if device not in self._probes:
-            self._probes[device] = torch.zeros((), device=device, requires_grad=True)
-        return self._probes[device]
 
     def _claim(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -467,7 +374,7 @@ class Capture:
         self._pass = object()
         try:
             for vector in vectors:
-                probe = self._probe(output.device)
+                probe = self.taps.probe(output.device)
                 torch.autograd.grad(output, probe, vector, retain_graph=True, allow_unused=True)
                 self.statistics.flush_gradients()
             self.statistics.flush()

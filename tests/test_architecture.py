@@ -29,9 +29,10 @@ ALLOWED = {
     "linear_calls": {"layers"},
     "gradient_check": {"layers"},
     "uses": {"graph", "layers"},
+    "taps": {"graph", "hooks", "layers", "linear_calls", "statistics", "uses"},
     "capture": {
         "fisher", "gradient_check", "graph", "hooks", "layers", "linear_calls", "names",
-        "statistics", "uses", "vectors",
+        "statistics", "taps", "vectors",
     },
     "distributed": NOTHING,
     "kronecker": {"factors", "layers"},

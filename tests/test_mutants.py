@@ -24,6 +24,7 @@ from kfac.layers.conv import ConvLayer
 from kfac.layers.linear import LinearLayer
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
+from kfac.taps import Taps
 
 
 def without_geometry(key: str, value: object) -> Callable:
@@ -72,28 +73,32 @@ def average_groups(original: Replacement, layer: ConvLayer, x: Tensor) -> Tensor
 
 
 def count_without_grad(
-    original: Replacement, capture: Capture, layer: Any, args: tuple, *rest: object
+    original: Replacement, taps: Taps, layer: Any, args: tuple, *rest: object
 ) -> Tensor | None:
     if not torch.is_grad_enabled():
         x = args[0]
-        capture.statistics.sink(layer.name, "A", layer.input_moment(x), layer.row_count(x))
-    return original(capture, layer, args, *rest)
+        capture_of(taps).statistics.sink(layer.name, "A", layer.input_moment(x), layer.row_count(x))
+    return original(taps, layer, args, *rest)
+
+
+def capture_of(taps: Taps) -> Capture:
+    return taps._visit().__self__
 
 
 def count_inputs_in_the_forward_pass(patch: pytest.MonkeyPatch) -> None:
-    def tap(original: Replacement, capture: Capture, layer: Any, args: tuple, *rest: object):
+    def tap(original: Replacement, taps: Taps, layer: Any, args: tuple, *rest: object):
         if torch.is_grad_enabled():
             accumulate(
-                capture.statistics.sink.__self__,
+                capture_of(taps).statistics.sink.__self__,
                 layer.name,
                 "A",
                 layer.input_moment(args[0].detach()),
                 0,
             )
-        return original(capture, layer, args, *rest)
+        return original(taps, layer, args, *rest)
 
     accumulate = Curvature.accumulate
-    replace(Capture, "_tap_call", tap)(patch)
+    replace(Taps, "_tap_call", tap)(patch)
     replace(
         Curvature,
         "accumulate",
@@ -221,7 +226,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ("cross-entropy", "empirical", "expand", 2),
     ),
     "forwards without gradient counted": (
-        replace(Capture, "_tap_call", count_without_grad),
+        replace(Taps, "_tap_call", count_without_grad),
         COUNTED,
         ("empirical", "evaluation_between", "mean"),
     ),

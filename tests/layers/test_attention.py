@@ -16,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac.linear_calls
 from kfac import KFAC
-from kfac.capture import Capture
 from kfac.linear_calls import LinearCalls, Target
+from kfac.taps import Taps
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-12)
 WIDTH, HEADS, CLASSES, DAMPING = 4, 2, 3, 0.3
@@ -374,7 +374,7 @@ MUTANTS: dict[str, tuple[Callable, Callable]] = {
     ),
     "the output projection is never seen": (
         replace(
-            Capture,
+            Taps,
             "_tap_linear",
             lambda original, self, targets, x, output: (
                 output

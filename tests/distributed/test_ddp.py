@@ -22,17 +22,40 @@ CASES: dict[str, dict[str, Any]] = {
     "type-2, reduce, eigen": {"fisher": "type-2", "weight_sharing": "reduce", "inverse": "eigen"},
     "type-2, sum": {"fisher": "type-2", "reduction": "sum"},
     "empirical, sum": {"fisher": "empirical", "reduction": "sum"},
+    "tokens, type-2": {"fisher": "type-2"},
+    "tokens, empirical, ekfac": {"fisher": "empirical", "inverse": "ekfac"},
 }
 
 
-def net() -> nn.Module:
+class Tokens(nn.Module):
+    """An embedding that is also the output layer, attention, a norm layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(5, 4)
+        self.attention, self.norm = nn.MultiheadAttention(4, 2, batch_first=True), nn.LayerNorm(4)
+        self.head = nn.Linear(4, 5)
+        self.head.weight = self.table.weight
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.table(tokens)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        return self.head(x).transpose(1, 2)
+
+
+def net(name: str = "") -> nn.Module:
     torch.manual_seed(0)
+    if name.startswith("tokens"):
+        return Tokens().double()
     model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(12, 3))
     return model.double()
 
 
-def batch(step: int) -> tuple[Tensor, Tensor]:
+def batch(step: int, is_tokens: bool) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
+    if is_tokens:
+        tokens = torch.randint(0, 5, (8, 6), generator=generator)
+        return tokens[:, :-1], tokens[:, 1:]
     x = torch.randn(8, 1, 3, 3, generator=generator, dtype=torch.float64)
     return x, torch.randint(0, 3, (8,), generator=generator)
 
@@ -45,7 +68,8 @@ def train(model: nn.Module, settings: dict[str, Any], rank: int, size: int) -> K
         **settings,
     )  # fmt: skip
     for step in range(4):
-        x, y = (part.chunk(size)[rank] for part in batch(step))
+        is_tokens = isinstance(getattr(model, "module", model), Tokens)
+        x, y = (part.chunk(size)[rank] for part in batch(step, is_tokens))
         optimizer.zero_grad()
         criterion(model(x), y).backward()
         optimizer.step()
@@ -58,10 +82,10 @@ def process(rank: int, port: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=RANKS)
     found = {}
     for name, settings in {**CASES, "mc": {"fisher": "mc"}}.items():
-        model = DistributedDataParallel(net())
+        model = DistributedDataParallel(net(name))
         optimizer = train(model, settings, rank, RANKS)
         state = {k: v.clone() for k, v in model.module.state_dict().items()}
-        found[name] = state, optimizer.factor("3")
+        found[name] = state, optimizer.factor("head" if name.startswith("tokens") else "3")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -80,7 +104,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 def test_two_processes_step_like_one_with_the_whole_batch(
     name: str, results: list[dict[str, Any]]
 ) -> None:
-    model = net()
+    model = net(name)
     train(model, CASES[name], 0, 1)
     for state, _ in (result[name] for result in results):
         for key, expected in model.state_dict().items():

@@ -12,6 +12,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
+from torch.nn.modules.conv import _ConvNd
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -20,19 +21,25 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def groups_of(layer: nn.Module) -> int:
-    return layer.groups if isinstance(layer, nn.Conv2d) else 1
+    return layer.groups if isinstance(layer, _ConvNd) else 1
 
 
 def to_blocks(layer: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Weight and bias (or their gradients, or steps) as `[groups, d_out, d_in (+ 1)]`."""
-    matrix = weight.flatten(1)
+    """Weight and bias (or their gradients, or steps) as `[groups, d_out, d_in (+ 1)]`.
+
+    Of a transposed convolution, outputs come first and kernels are flipped, as patches see them.
+    """
+    blocks = weight.unflatten(0, (groups_of(layer), -1))
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        blocks = blocks.transpose(1, 2).flip(tuple(range(3, blocks.dim())))
+    matrix = blocks.flatten(2)
     if bias is not None:
-        matrix = torch.cat([matrix, bias[:, None]], dim=1)
-    return matrix.unflatten(0, (groups_of(layer), -1))
+        matrix = torch.cat([matrix, bias.reshape(*matrix.shape[:2], 1)], dim=2)
+    return matrix
 
 
 def layer_names(model: nn.Module) -> list[str]:
-    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    return [name for name, m in model.named_modules() if isinstance(m, nn.Linear | _ConvNd)]
 
 
 def parameter_blocks(model: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,11 +79,12 @@ def ggn_blocks(
     jacobian = jacrev(lambda values: functional_call(model, values, (inputs,)))(parameters)
     output = model(inputs)
     # rows: output elements
-    weight = jacobian[f"{name}.weight"].reshape(output.numel(), *layer.weight.shape)
-    columns = [weight.flatten(2)]
+    weights = jacobian[f"{name}.weight"].reshape(output.numel(), *layer.weight.shape)
+    biases = [None] * output.numel()
     if layer.bias is not None:
-        columns.append(jacobian[f"{name}.bias"].reshape(output.numel(), -1, 1))
-    blocks = torch.cat(columns, dim=2).unflatten(1, (groups_of(layer), -1)).flatten(2)
+        biases = jacobian[f"{name}.bias"].reshape(output.numel(), -1)
+    pairs = zip(weights, biases, strict=True)
+    blocks = torch.stack([to_blocks(layer, weight, bias) for weight, bias in pairs]).flatten(2)
     hessian = loss_hessian(output, target, criterion)
     return torch.einsum("mgp,mk,kgq->gpq", blocks, hessian, blocks)
 
@@ -84,7 +92,7 @@ def ggn_blocks(
 # Inputs of a layer as rows
 
 
-def padding_of(layer: nn.Conv2d, axis: int) -> tuple[int, int]:
+def padding_of(layer: _ConvNd, axis: int) -> tuple[int, int]:
     """Padding before and after; `"same"` puts the odd one after."""
     if layer.padding == "valid":
         return 0, 0
@@ -109,8 +117,10 @@ def source(position: int, size: int, mode: str) -> int | None:
     raise ValueError(mode)
 
 
-def window(layer: nn.Conv2d, axis: int, size: int) -> list[list[int | None]]:
+def window(layer: _ConvNd, axis: int, size: int) -> list[list[int | None]]:
     """Per output location of one axis, the pixels under the kernel's offsets."""
+    if layer.transposed:
+        return transposed_window(layer, axis, size)
     before, after = padding_of(layer, axis)
     kernel, stride = layer.kernel_size[axis], layer.stride[axis]
     dilation = layer.dilation[axis]
@@ -124,27 +134,39 @@ def window(layer: nn.Conv2d, axis: int, size: int) -> list[list[int | None]]:
     ]
 
 
-def patches(layer: nn.Conv2d, image: Tensor) -> Tensor:
-    """`[N, T, C·kH·kW]`: what the kernel sees at every output location, pixel by pixel."""
-    rows = window(layer, 0, image.shape[2])
-    columns = window(layer, 1, image.shape[3])
-    zero = torch.zeros_like(image[:, :, 0, 0])
+def transposed_window(layer: _ConvNd, axis: int, size: int) -> list[list[int | None]]:
+    """Per output location of one axis, the pixels that the flipped kernel's offsets multiply.
+
+    By definition, pixel i times kernel offset k is added at i·stride + k·dilation - padding.
+    """
+    stride, dilation = layer.stride[axis], layer.dilation[axis]
+    kernel, padding = layer.kernel_size[axis], layer.padding[axis]
+    count = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
+    reached = {
+        (i * stride + k * dilation - padding, k): i for i in range(size) for k in range(kernel)
+    }
+    return [
+        [reached.get((location, k)) for k in reversed(range(kernel))]
+        for location in range(count + layer.output_padding[axis])
+    ]
+
+
+def patches(layer: _ConvNd, x: Tensor) -> Tensor:
+    """`[N, T, C·|kernel|]`: what the kernel sees at every output location, pixel by pixel."""
+    axes = [window(layer, axis, size) for axis, size in enumerate(x.shape[2:])]
+    zero = torch.zeros_like(x.flatten(2)[..., 0])
     locations = [
         torch.stack(
-            [
-                zero if i is None or j is None else image[:, :, i, j]
-                for i, j in product(row, column)
-            ],
-            dim=2,
+            [zero if None in pixel else x[:, :, *pixel] for pixel in product(*offsets)], dim=2
         ).flatten(1)
-        for row, column in product(rows, columns)
+        for offsets in product(*axes)
     ]
     return torch.stack(locations, dim=1)
 
 
 def input_rows(layer: nn.Module, value: Tensor, examples: int) -> Tensor:
     """`[N, T, groups, d_in (+ 1)]`: inputs per example and position, the bias' 1 appended."""
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, _ConvNd):
         rows = patches(layer, value)
     else:
         rows = value.reshape(examples, -1, value.shape[-1])
@@ -156,7 +178,7 @@ def input_rows(layer: nn.Module, value: Tensor, examples: int) -> Tensor:
 
 def output_rows(layer: nn.Module, value: Tensor, examples: int) -> Tensor:
     """`[N, T, groups, d_out]`: outputs (or what has their shape) per example and position."""
-    rows = value.flatten(2).mT if isinstance(layer, nn.Conv2d) else value
+    rows = value.flatten(2).mT if isinstance(layer, _ConvNd) else value
     return rows.reshape(examples, -1, groups_of(layer), rows.shape[-1] // groups_of(layer))
 
 

@@ -1,17 +1,23 @@
 """Bugs of published packages, planted here one by one: each is caught by a test with a name."""
 
+import pickle
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_checkpoint as checkpoint
 import test_exactness as exactness
+import test_finetuning as finetuning
 import test_gradients_untouched as untouched
 import test_invariance as invariance
+import test_ties as ties
 import torch
 from mutants import Replacement, replace
-from torch import Tensor
+from torch import Tensor, nn
 
 import kfac.damping
+import kfac.factors
 import kfac.inverse.cholesky
 import kfac.inverse.eigen
 import kfac.optimizer
@@ -21,6 +27,7 @@ from kfac.curvature import Curvature
 from kfac.factors import Bucket
 from kfac.fisher import Bernoulli, CrossEntropy, _TermwiseLikelihood
 from kfac.layers.conv import ConvLayer
+from kfac.layers.embedding import TableLayer
 from kfac.layers.linear import LinearLayer
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
@@ -129,9 +136,68 @@ def most_likely_labels(original: Replacement, self: Any, rows: Tensor, generator
     return p - torch.nn.functional.one_hot(p.argmax(1), p.shape[1])
 
 
+def step_again(self: KFAC, descend: Replacement, directions: dict, again: set, accept: Any) -> None:
+    descend(self, directions, accept)
+    descend(self, {p: d for p, d in directions.items() if p in again}, accept)
+
+
+def update_for_every_call(patch: pytest.MonkeyPatch) -> None:
+    """A module that was called twice is in the list of what to update twice."""
+    calls: Counter[nn.Parameter] = Counter()
+
+    def tap(original: Replacement, taps: Taps, layer: Any, *rest: object) -> Tensor | None:
+        calls[layer.weight.parameter] += 1
+        return original(taps, layer, *rest)
+
+    def descend(original: Replacement, self: KFAC, directions: dict, accept: Tensor) -> None:
+        twice = {p for p, count in calls.items() if count > 1}
+        step_again(self, original, directions, twice, accept)
+
+    replace(Taps, "_tap_call", tap)(patch)
+    replace(KFAC, "_descend", descend)(patch)
+
+
+def update_for_every_module(
+    original: Replacement, self: KFAC, directions: dict, accept: Tensor
+) -> None:
+    tied = {
+        p for layer in self._engine.layers if layer.primary is not layer for p in layer.parameters
+    }
+    step_again(self, original, directions, tied, accept)
+
+
+def only_known_layers(original: Replacement, self: KFAC, directions: dict, accept: Tensor) -> None:
+    known = {p for layer in self._engine.layers for p in layer.parameters}
+    original(self, {p: d for p, d in directions.items() if p in known}, accept)
+
+
+def statistics_unchecked(patch: pytest.MonkeyPatch) -> None:
+    """What is not finite enters the averages, and stays."""
+    always = lambda original, tensors: torch.tensor(True)  # noqa: E731
+    replace(kfac.optimizer, "all_finite", always)(patch)
+    replace(kfac.factors, "_probed", lambda original, name, f: torch.zeros_like(f))(patch)
+
+
+def square_tables(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(TableLayer, "has_sparse_inputs", False)
+
+
+def without(error: type[Exception], test: Callable) -> Callable:
+    """The test, which fails where the package raises an error."""
+
+    def run(*arguments: object) -> None:
+        try:
+            test(*arguments)
+        except error as found:
+            raise AssertionError from found
+
+    return run
+
+
 NATURAL = exactness.test_step_is_the_dense_natural_gradient
 FACTORED = exactness.test_cholesky_is_the_dense_factored_damping
 EXPLICIT = exactness.test_step_is_the_solve_with_explicit_factors
+RESUMED = checkpoint.test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit
 COUNTED = untouched.test_only_the_training_pass_is_counted
 
 # name: (the mutant, the test that catches it, that test's arguments)
@@ -220,6 +286,31 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         EXPLICIT,
         ("layer called twice", "expand", "empirical"),
     ),
+    "module called twice: two updates": (
+        update_for_every_call,
+        EXPLICIT,
+        ("layer called twice", "expand", "empirical"),
+    ),
+    "tied weight stepped twice": (
+        replace(KFAC, "_descend", update_for_every_module),
+        ties.test_a_weight_tied_along_independent_paths_is_exact,
+        (),
+    ),
+    "unused layer raises KeyError": (
+        replace(Curvature, "_usable", lambda original, self, name, gradients: self.ready[name]),
+        without(KeyError, finetuning.test_what_did_not_run_stays_as_it_is),
+        ("eigen", "type-2"),
+    ),
+    "unsupported parameters never trained": (
+        replace(KFAC, "_descend", only_known_layers),
+        finetuning.test_recurrent_layers_and_lone_parameters_are_trained,
+        (nn.LSTM, "sgd"),
+    ),
+    "square factor for a table": (
+        square_tables,
+        finetuning.test_a_table_has_no_square_factor_whatever_its_size,
+        (),
+    ),
     "micro-batches: last one wins": (
         replace(Bucket, "accumulate", last_call_wins),
         invariance.test_micro_batches_equal_one_batch,
@@ -239,6 +330,16 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         replace(KFAC, "_overflowed", overflow_enters),
         invariance.test_a_step_with_overflow_leaves_no_trace,
         ("type-2", False),
+    ),
+    "a batch with inf enters the factors": (
+        statistics_unchecked,
+        invariance.test_a_batch_that_is_not_finite_leaves_no_trace,
+        ("type-2", "eigen", torch.inf),
+    ),
+    "every step rejected": (
+        replace(kfac.optimizer, "all_finite", lambda original, tensors: torch.tensor(False)),
+        NATURAL,
+        ("deep linear net",),
     ),
     "statistics of a skipped step stay": (
         replace(Preconditioner, "discard", lambda original, self: None),
@@ -311,6 +412,21 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ),
         NATURAL,
         ("deep linear net",),
+    ),
+    # checkpoints
+    "state that torch.load refuses": (
+        replace(
+            KFAC,
+            "state_dict",
+            lambda original, self: original(self) | {"sharing": kfac.factors.BlockShape(1, 1, 1)},
+        ),
+        without(pickle.UnpicklingError, RESUMED),
+        ({"fisher": "mc"}, 4),
+    ),
+    "state of the step counter only": (
+        replace(Curvature, "load_state_dict", lambda original, self, saved: None),
+        RESUMED,
+        ({"fisher": "mc"}, 4),
     ),
     # loss
     "class weights ignored": (

@@ -20,6 +20,7 @@ from torch.func import functional_call, jacrev
 import kfac.covariance.geometry
 from kfac import KFAC
 from kfac.layers.conv import ConvLayer, ConvTransposeLayer
+from kfac.layers.linear import LinearLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 
@@ -31,9 +32,13 @@ PLAIN: dict[str, Any] = {
     "fisher": "type-2", "factor_update_period": 1, "inverse_update_period": 1,
 }  # fmt: skip
 
+KINDS = {
+    False: (nn.Conv1d, nn.Conv2d, nn.Conv3d),
+    True: (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+}
 MODES = ["circular", "reflect", "replicate"]
 CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    f"{dims}d {name}": ((nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1], {"kernel_size": 3} | geometry)
+    f"{dims}d {name}": (KINDS[False][dims - 1], {"kernel_size": 3} | geometry)
     for dims, geometries in {
         1: {
             "plain": {},
@@ -88,7 +93,7 @@ CONVOLUTIONS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
 
 TRANSPOSED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     f"transposed {dims}d {name}": (
-        (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)[dims - 1],
+        KINDS[True][dims - 1],
         {"kernel_size": 3} | geometry,
     )
     for dims, geometries in {
@@ -129,8 +134,50 @@ TRANSPOSED: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     for name, geometry in geometries.items()
 }  # fmt: skip
 
+# Every combination of settings, different along every axis.
+ODD, EVEN, SIZE = (3, 1, 3), (2, 4, 2), (7, 4, 5)
+PADDINGS: dict[str, dict[str, Any]] = {
+    "pixels": {"kernel_size": ODD, "padding": (2, 1, 1)},
+    "valid": {"kernel_size": ODD, "padding": "valid"},
+    "same, odd kernel": {"kernel_size": ODD, "padding": "same"},
+    "same, even kernel": {"kernel_size": EVEN, "padding": "same"},
+}
+COMMON = [
+    {"stride": stride, "dilation": dilation, "groups": groups, "bias": bias}
+    for stride, dilation, groups, bias in product(
+        [1, (2, 3, 1)], [1, (3, 1, 2)], [1, 2], [True, False]
+    )
+]
+
+
+def spread(value: Any, dims: int) -> Any:
+    return value[:dims] if isinstance(value, tuple) else value
+
+
+def combinations(dims: int) -> dict[str, tuple[type[nn.Module], dict[str, Any]]]:
+    plain = [
+        (f"{padding}, {mode}", common, PADDINGS[padding] | {"padding_mode": mode})
+        for padding, mode, common in product(PADDINGS, ["zeros", *MODES], COMMON)
+        if common["stride"] == 1 or PADDINGS[padding]["padding"] != "same"
+    ]
+    transposed = [
+        (f"output_padding {extra}", common, {"padding": (1, 0, 2), "output_padding": (extra, 0, 0)})
+        for extra, common in product([0, 1], COMMON)
+        if extra == 0 or (common["stride"], common["dilation"]) != (1, 1)
+    ]
+    return {
+        ", ".join([kind.__name__, name, *(f"{k} {v}" for k, v in common.items())]): (
+            kind,
+            {k: spread(v, dims) for k, v in ({"kernel_size": ODD} | common | geometry).items()},
+        )
+        for kind, cases in [(KINDS[False][dims - 1], plain), (KINDS[True][dims - 1], transposed)]
+        for name, common, geometry in cases
+    }
+
+
+COMBINATIONS = combinations(1) | combinations(2) | combinations(3)
 LAYERS = CONVOLUTIONS | TRANSPOSED
-SIZES = {"": [(7,), (5, 4), (5, 4, 3)], "transposed": [(4,), (3, 2), (2, 3, 2)]}
+SIZES = {False: [(7,), (5, 4), (5, 4, 3)], True: [(4,), (3, 2), (2, 3, 2)]}
 CHANNELS = 4
 
 
@@ -139,13 +186,15 @@ class Mean(nn.Module):
         return x.flatten(2).mean(2)
 
 
-def build(name: str, *, pooled: bool) -> tuple[nn.Sequential, Tensor, Tensor]:
+def build(
+    name: str, *, pooled: bool, size: tuple[int, ...] | None = None
+) -> tuple[nn.Sequential, Tensor, Tensor]:
     """A net of the convolution and a linear layer, its inputs and its targets."""
     torch.manual_seed(0)
-    kind, geometry = LAYERS[name]
+    kind, geometry = (LAYERS | COMBINATIONS)[name]
     outputs = 4 if geometry.get("groups", 1) > 1 else 3
     layer = kind(CHANNELS, outputs, **geometry)
-    size = SIZES["transposed" if name in TRANSPOSED else ""][len(layer.kernel_size) - 1]
+    size = size or SIZES[layer.transposed][len(layer.kernel_size) - 1]
     inputs = torch.randn(5, CHANNELS, *size, dtype=torch.float64)
     features = outputs if pooled else layer.double()(inputs[:1]).numel()
     between = [Mean()] if pooled else [nn.Tanh(), nn.Flatten()]
@@ -162,42 +211,6 @@ def step(model: nn.Module, inputs: Tensor, target: Tensor, **settings: Any) -> K
 
 
 # References
-
-
-def transposed_window(layer: Any, axis: int, size: int) -> list[list[int | None]]:
-    """Per output location of one axis, the pixels that the flipped kernel's offsets multiply.
-
-    By definition, pixel i times kernel offset k is added at i·stride + k·dilation - padding.
-    """
-    stride, dilation = layer.stride[axis], layer.dilation[axis]
-    kernel, padding = layer.kernel_size[axis], layer.padding[axis]
-    count = (size - 1) * stride - 2 * padding + dilation * (kernel - 1) + 1
-    reached = {
-        (i * stride + k * dilation - padding, k): i for i in range(size) for k in range(kernel)
-    }
-    return [
-        [reached.get((location, k)) for k in reversed(range(kernel))]
-        for location in range(count + layer.output_padding[axis])
-    ]
-
-
-def patches(layer: Any, x: Tensor) -> Tensor:
-    """`[N, T, groups, d_in (+ 1)]`, pixel by pixel."""
-    window = transposed_window if layer.transposed else oracles.window
-    axes = [window(layer, axis, size) for axis, size in enumerate(x.shape[2:])]
-    zero = torch.zeros_like(x.flatten(2)[..., 0])
-    rows = torch.stack(
-        [
-            torch.stack(
-                [zero if None in pixel else x[:, :, *pixel] for pixel in product(*offsets)], dim=2
-            ).flatten(1)
-            for offsets in product(*axes)
-        ],
-        dim=1,
-    ).unflatten(-1, (layer.groups, -1))
-    if layer.bias is None:
-        return rows
-    return torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
 
 
 def by_group(layer: Any, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -225,23 +238,17 @@ def natural_step(model: nn.Module, name: str, inputs: Tensor, target: Tensor) ->
 @pytest.mark.parametrize("name", LAYERS)
 def test_reference_patches_times_kernel_is_the_module(name: str) -> None:
     model, inputs, _ = build(name, pooled=True)
-    layer, rows = model[0], patches(model[0], inputs)
-    weight = layer.weight
-    if name in TRANSPOSED:
-        blocks = weight.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        weight = blocks.flip(tuple(range(3, blocks.dim()))).flatten(0, 1)
-    weight = weight.reshape(layer.groups, layer.out_channels // layer.groups, -1)
-    products = torch.einsum("ntgi,goi->ngot", rows[..., : weight.shape[-1]], weight).flatten(1, 2)
-    bias = 0 if layer.bias is None else layer.bias[:, None]
-    close(products + bias, layer(inputs).flatten(2))
+    layer, rows = model[0], oracles.input_rows(model[0], inputs, len(inputs))
+    weight = oracles.to_blocks(layer, layer.weight, layer.bias)
+    products = torch.einsum("ntgi,goi->ntgo", rows, weight)
+    close(products, oracles.output_rows(layer, layer(inputs), len(inputs)))
 
 
 # The optimizer
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_step_is_the_dense_natural_gradient(name: str) -> None:
-    model, inputs, target = build(name, pooled=True)
+def check_natural_step(name: str, size: tuple[int, ...] | None = None) -> None:
+    model, inputs, target = build(name, pooled=True, size=size)
     before = copy.deepcopy(model)
     step(model, inputs, target, weight_sharing="reduce")
     for layer in "0", "2":
@@ -249,6 +256,17 @@ def test_step_is_the_dense_natural_gradient(name: str) -> None:
         bias = None if old.bias is None else (new.bias - old.bias)[None]
         moved = by_group(old, (new.weight - old.weight)[None], bias)[0]
         close(moved, natural_step(before, layer, inputs, target))
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_step_is_the_dense_natural_gradient(name: str) -> None:
+    check_natural_step(name)
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_step_is_the_dense_natural_gradient_for_every_combination(name: str) -> None:
+    dims = len(COMBINATIONS[name][1]["kernel_size"])
+    check_natural_step(name, SIZE[:dims] if "Transpose" not in name else (4, 3, 3)[:dims])
 
 
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
@@ -261,13 +279,52 @@ def test_factors_are_those_of_explicit_patches(name: str, sharing: str) -> None:
     hidden = layer(inputs).detach()
     jacobian = jacrev(lambda h: rest(h).flatten())(hidden).flatten(3)
     seen = oracles.Layer(
-        inputs=patches(layer, inputs),
+        inputs=oracles.input_rows(layer, inputs, len(inputs)),
         jacobian=jacobian.mT.unflatten(-1, (layer.groups, -1)),
         gradient=hidden,  # of the empirical Fisher only
         hessian=oracles.loss_hessian(rest(hidden), target, nn.MSELoss()),
     )
     close(a, oracles.input_factor(seen, sharing))
     close(g, oracles.exact_output_factor(seen, sharing))
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT
+
+
+class Columns(nn.Module):
+    """`[N, T, C]` to `[N, C, *spatial]`."""
+
+    def __init__(self, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mT.unflatten(2, self.size)
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical"])
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+@pytest.mark.parametrize("kind", KINDS[False])
+def test_a_convolution_of_one_pixel_is_a_linear_layer_on_sequences(
+    kind: type[nn.Module], sharing: str, fisher: str
+) -> None:
+    torch.manual_seed(0)
+    convolution = kind(CHANNELS, 3, 1)
+    size = (2, 3, 1)[: len(convolution.kernel_size)]
+    linear, head = nn.Linear(CHANNELS, 3), nn.Linear(3, 2)
+    linear.weight.data, linear.bias.data = convolution.weight.data.flatten(1), convolution.bias.data
+    models = [
+        nn.Sequential(*between, nn.Tanh(), copy.deepcopy(head)).double()
+        for between in ([linear], [Columns(size), convolution, nn.Flatten(2), Transposed()])
+    ]
+    inputs = torch.randn(5, prod(size), CHANNELS, dtype=torch.float64)
+    target = torch.randn(5, prod(size), 2, dtype=torch.float64)
+    for model in models:
+        step(model, inputs, target, weight_sharing=sharing, fisher=fisher)
+    for one, other in zip(*(model.parameters() for model in models), strict=True):
+        close(one, other.reshape(one.shape))
 
 
 SOME = ["1d dilation, stride, padding", "3d padding, stride", "transposed 1d everything"]
@@ -299,8 +356,8 @@ def test_an_unbatched_input_is_a_batch_of_one(name: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ConvLayer.module_types + ConvTransposeLayer.module_types)
-def test_subclasses_go_to_the_fallback(kind: type[nn.Module]) -> None:
-    subclass = type("Subclass", (kind,), {})
+def test_subclasses_that_compute_something_else_go_to_the_fallback(kind: type[nn.Module]) -> None:
+    subclass = type("Subclass", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
     rows = KFAC(nn.Sequential(kind(2, 2, 1), subclass(2, 2, 1)), lr=0.1).summary()
     assert [row.treatment for row in rows] == ["kfac", "kfac", "fallback", "fallback"]
 
@@ -450,6 +507,11 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
     ),
     "pixels repeated where zeros belong": (
         replace(ConvTransposeLayer, "patched", repeated), NATURAL, ("transposed 1d stride",)
+    ),
+    "positions of a linear layer not counted": (
+        replace(LinearLayer, "row_count", lambda original, self, x: len(x)),
+        test_a_convolution_of_one_pixel_is_a_linear_layer_on_sequences,
+        (nn.Conv1d, "expand", "type-2"),
     ),
     "positions of the input counted": (
         replace(ConvTransposeLayer, "positions", lambda original, self, spatial: prod(spatial)),

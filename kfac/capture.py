@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check
@@ -102,6 +103,7 @@ class Capture:
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only", bases=bases)
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
+        self._has_looked_for_mixing = False
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
@@ -322,6 +324,21 @@ class Capture:
                 stacklevel=2,
             )
 
+    def _warn_of_mixed_examples(self) -> None:
+        """Type-2 sends one vector for an output element of all examples at once; warn once."""
+        if self.fisher != "type-2" or self._has_looked_for_mixing:
+            return
+        self._has_looked_for_mixing = True
+        for name, module in self._model.named_modules():
+            if isinstance(module, _BatchNorm) and module.training:
+                warnings.warn(
+                    f"fisher='type-2' is exact only if the examples of a batch do not mix, but "
+                    f"the {type(module).__name__} {name!r} normalises by the statistics of the "
+                    "batch. Use fisher='mc', which is unbiased there.",
+                    stacklevel=2,
+                )
+                return
+
     def _reach_output(
         self,
         records: Sequence[ForwardRecord],
@@ -343,6 +360,7 @@ class Capture:
             counted = self._count_once(records, normalizer)
             if not self.active or self.vectors is None:
                 return
+            self._warn_of_mixed_examples()
             batch_sizes = [record.batch_size or 1 for record in records]
             vectors = self.vectors.draw(output.detach(), target, batch_sizes)
             if calls > 1 or counted is not normalizer:

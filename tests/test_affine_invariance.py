@@ -21,6 +21,9 @@ from torch.nn.modules.conv import _ConvNd
 from kfac import KFAC
 from kfac.layers.linear import LinearLayer
 
+# BatchNorm stands where the examples of a batch may mix.
+pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+
 randn = partial(torch.randn, dtype=torch.float64)
 EXAMPLES, STEPS, CLASSES = 40, 3, 2
 SETTINGS: dict[str, Any] = {

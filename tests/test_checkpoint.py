@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from kfac import KFAC, Preconditioner
 
+# BatchNorm stands where the examples of a batch may mix.
+pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "empirical": {"fisher": "empirical"},
     "mc": {"fisher": "mc"},

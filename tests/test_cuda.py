@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from kfac import KFAC
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples"),
+]
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "empirical": {"fisher": "empirical"},

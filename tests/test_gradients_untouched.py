@@ -13,6 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from kfac import KFAC
 
+# BatchNorm stands where the examples of a batch may mix.
+pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+
 FISHERS = {
     "empirical": {"fisher": "empirical"},
     "empirical, criterion": {"fisher": "empirical", "criterion": True},

@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import warnings
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -230,6 +231,21 @@ def test_outputs_may_be_computed_anew_for_a_model_with_a_loss_of_its_own(fisher:
         optimizer.step()
         factors.append(optimizer.factor("body")[1])
     assert torch.equal(*factors)
+
+
+@pytest.mark.parametrize("fisher", ["type-2", "mc"])
+@pytest.mark.parametrize("training", [True, False])
+def test_type_2_warns_once_of_examples_that_mix(
+    fisher: Any, training: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    warnings.simplefilter("always")
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)).train(training)
+    criterion = nn.CrossEntropyLoss()
+    optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher=fisher, factor_update_period=1)
+    for _ in range(2):
+        step(model, optimizer, criterion)
+    found = [str(w.message) for w in recwarn if "examples of a batch" in str(w.message)]
+    assert len(found) == (fisher == "type-2" and training)
 
 
 def test_an_output_that_cannot_be_picked_is_an_error_with_the_remedy() -> None:

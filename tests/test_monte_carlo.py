@@ -20,6 +20,9 @@ from kfac import KFAC
 from kfac.fisher import Bernoulli, CrossEntropy, Gaussian, _TermwiseLikelihood
 from kfac.vectors import OutputVectors
 
+# BatchNorm stands where the examples of a batch may mix.
+pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+
 SEEDS = 40
 CLASSES, WIDTH = 3, 4
 STILL: dict[str, Any] = {

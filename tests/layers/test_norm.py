@@ -20,6 +20,9 @@ from kfac import KFAC
 from kfac.layers import Layer, Piece, layer_type_for
 from kfac.layers.norm import BatchNormLayer, LayerNormLayer, NormLayer
 
+# BatchNorm stands where the examples of a batch may mix.
+pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+
 close = partial(torch.testing.assert_close, rtol=1e-8, atol=1e-9)
 
 DAMPING = 0.3

@@ -1,7 +1,8 @@
 """All layers' curvature blocks: their factors, their inverses, and what to do with a gradient."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -54,8 +55,10 @@ class Curvature:
             for index, name in enumerate(bucket.names)
         }
         self._slots = {layer.name: slots[layer.block] for layer in layers}
-        # What each bucket's inverse was made from, so that nothing is inverted twice.
-        self._made_from: list[object] = [None] * len(self.buckets)
+        # Damping that each inverse was made with from the present factors, so that nothing is
+        # inverted twice; None where it makes no difference.
+        self._made_from: dict[str, float | None] = {}
+        self._starts = _starts(list(self.layers.values()))
 
     @property
     def _all_buckets(self) -> list[Bucket]:
@@ -115,17 +118,31 @@ class Curvature:
                 self._seen[self._primaries[name]] |= isinstance(count, Tensor) or count > 0
             dropped += bucket.fold(counts, decay, accept).sum().to(dropped)
         self.counters["factor_updates"] += 1
-        self._made_from = [None] * len(self.buckets)
+        self._made_from.clear()
         return dropped
 
     # --- inverses ------------------------------------------------------------------------------
 
-    def refresh(self, damping: Mapping[str, float], *, due: bool) -> None:
-        """Recompute inverses: all that have changed if ``due``, else of layers that have none.
+    def due(self, step: int, period: int, *, staggered: bool) -> frozenset[str]:
+        """The layers whose inverses a step should refresh.
+
+        Args:
+            step: Number of completed steps.
+            period: Steps between two refreshes of a layer.
+            staggered: Whether the layers' turns are spread over the period, each at a time that is
+                proportional to the cost of those before it; else all have theirs at once.
+        """
+        turn = step % period
+        if not staggered:
+            return frozenset(self.layers if turn == 0 else ())
+        return frozenset(n for n, start in self._starts.items() if turn == int(start * period))
+
+    def refresh(self, damping: Mapping[str, float], due: Set[str]) -> None:
+        """Recompute the inverses that have changed of layers that are due or have none.
 
         Args:
             damping: λ by layer name.
-            due: Whether the period says so.
+            due: Names of the layers whose turn it is.
 
         Raises:
             RuntimeError: If a layer's factors could not be decomposed too many times in a row. The
@@ -133,42 +150,46 @@ class Curvature:
         """
         exhausted = []
         for index, bucket in enumerate(self.buckets):
-            amounts = tuple(damping[name] for name in bucket.names)
-            source = () if self.inverse.damping_is_live else amounts
-            late = [self._seen[name] and not self.ready[name] for name in bucket.names]
-            if due and self._made_from[index] != source:
-                exhausted += self._refresh_bucket(index, amounts, [True] * len(late))
-                self._made_from[index] = source
-            elif any(late):
-                exhausted += self._refresh_bucket(index, amounts, late)
+            sources = [None if self.inverse.damping_is_live else damping[n] for n in bucket.names]
+            wanted = [
+                i
+                for i, (name, source) in enumerate(zip(bucket.names, sources, strict=True))
+                if (name in due and self._made_from.get(name, ()) != source)
+                or (self._seen[name] and not self.ready[name])
+            ]
+            if wanted:
+                exhausted += self._refresh_members(index, wanted, damping)
+                self._made_from |= {bucket.names[i]: sources[i] for i in wanted}
         if exhausted:
             raise self._failure(exhausted[0], damping[exhausted[0]])
 
-    def _refresh_bucket(
-        self, index: int, damping: Sequence[float], wanted: Sequence[bool]
+    def _refresh_members(
+        self, index: int, members: Sequence[int], damping: Mapping[str, float]
     ) -> list[str]:
-        """Invert a bucket's factors, and return the layers that have failed too often.
+        """Invert the factors of some layers of a bucket.
 
-        Args:
-            index: Number of the bucket.
-            damping: λ of each of its layers.
-            wanted: Which of its layers get a new inverse.
+        Returns:
+            The layers that have failed too often.
         """
         bucket = self.buckets[index]
         self._move(index, bucket.device)
         factors, weight = self._merged(bucket)
-        new, failed = self.inverse.refresh(factors, self._vector(damping, index))
-        empty = weight == 0
-        kept = ~torch.tensor(wanted, device=bucket.device) | failed | empty
+        names = [bucket.names[i] for i in members]
+        if len(members) < len(bucket.names):
+            factors = {key: factor[members] for key, factor in factors.items()}
+            weight = weight[members]
+        new, failed = self.inverse.refresh(
+            factors, self._vector([damping[n] for n in names], index)
+        )
+        kept = failed | (weight == 0)
         if isinstance(self.inverse, Ekfac):
-            self._carry_second_moments(self.inverse, index, new, kept)
-        merge(self.states[index], new, kept)
+            self._carry_second_moments(self.inverse, index, members, new, kept)
+        merge(self.states[index], new, kept, members)
         self.counters["inverse_refreshes"] += 1
         exhausted = []
-        flags = zip(bucket.names, wanted, failed.tolist(), empty.tolist(), strict=True)
-        for name, is_wanted, has_failed, is_empty in flags:
-            if not is_wanted or is_empty:
-                continue
+        for name, has_failed, is_kept in zip(names, failed.tolist(), kept.tolist(), strict=True):
+            if is_kept and not has_failed:
+                continue  # nothing is known of it yet
             self.ready[name] |= not has_failed
             self._failures[name] = self._failures[name] + 1 if has_failed else 0
             self.counters["failed_refreshes"] += has_failed
@@ -177,16 +198,21 @@ class Curvature:
         return exhausted
 
     def _carry_second_moments(
-        self, inverse: Ekfac, index: int, new: Mapping[str, Tensor], kept: Tensor
+        self,
+        inverse: Ekfac,
+        index: int,
+        members: Sequence[int],
+        new: Mapping[str, Tensor],
+        kept: Tensor,
     ) -> None:
-        """Take a bucket's second moments to its new basis, or start them from its eigenvalues."""
-        bucket = self.buckets[index]
-        old = bucket.factors["S"]
-        moved = inverse.moved_second_moments(old, self.states[index], new)
+        """Take second moments to their new basis, or start them from its eigenvalues."""
+        bucket, state = self.buckets[index], self.states[index]
+        old = bucket.factors["S"][members]
+        moved = inverse.moved_second_moments(old, {k: t[members] for k, t in state.items()}, new)
         first = inverse.first_second_moments(new, bucket.shape)
-        ready = torch.tensor([self.ready[name] for name in bucket.names], device=bucket.device)
+        ready = torch.tensor([self.ready[bucket.names[i]] for i in members], device=bucket.device)
         ready, kept = (mask.view(-1, 1, 1, 1) for mask in (ready, kept))
-        bucket.factors["S"] = torch.where(kept, old, torch.where(ready, moved, first))
+        bucket.factors["S"][members] = torch.where(kept, old, torch.where(ready, moved, first))
 
     def basis(self, block: str) -> Basis | None:
         """The eigenbasis of a block, None before the first."""
@@ -363,7 +389,17 @@ class Curvature:
         self._seen = {
             name: ready or self.has_statistics(name) for name, ready in self.ready.items()
         }
-        self._made_from = [None] * len(self.buckets)
+        self._made_from.clear()
+
+
+def _starts(layers: Sequence[Layer]) -> dict[str, float]:
+    """For each layer, the share of all inversions' cost that the layers before it have."""
+    costs = [
+        sum(s[0] * s[-1] ** (3 if len(s) == 3 else 1) for s in layer.shape.factor_shapes().values())
+        for layer in layers
+    ]
+    before = accumulate([0, *costs])
+    return {la.name: cost / max(sum(costs), 1) for la, cost in zip(layers, before, strict=False)}
 
 
 def _buckets_of(layers: Sequence[Layer], with_second_moments: bool = False) -> list[Bucket]:

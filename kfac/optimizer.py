@@ -114,6 +114,7 @@ class KFAC(torch.optim.Optimizer):
         factor_decay: float = 0.95,
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
+        stagger_refreshes: bool = True,
         kl_clip: float | None = 1e-3,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
@@ -153,6 +154,7 @@ class KFAC(torch.optim.Optimizer):
             factor_decay=factor_decay,
             factor_update_period=factor_update_period,
             inverse_update_period=inverse_update_period,
+            stagger_refreshes=stagger_refreshes,
             grad_scaler=grad_scaler,
             skip=skip,
             max_factor_dim=max_factor_dim,
@@ -255,7 +257,7 @@ class KFAC(torch.optim.Optimizer):
         gradients = engine.mean_gradients(gradient_scale)
         finite = all_finite(list(gradients.values()))
         engine.update_factors(finite, scale_seen)
-        engine.blocks.refresh(damping, due=plan.refresh)
+        engine.blocks.refresh(damping, plan.refresh)
         directions = engine.blocks.precondition(gradients, damping)
         directions = self._clipped(directions, gradients)
         accept = finite & all_finite(list(directions.values()))

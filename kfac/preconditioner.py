@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from kfac import checkpoint
 from kfac.arguments import (
+    BOOLEAN,
     INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
@@ -59,9 +60,9 @@ _GRAD_SCALER = Constraint(
 
 
 class StepPlan(NamedTuple):
-    """What the schedules say of a step: refresh the inverses, take statistics for the next."""
+    """What the schedules say of a step: whose inverses to refresh, statistics for the next."""
 
-    refresh: bool
+    refresh: frozenset[str]
     capture_next: bool
 
 
@@ -108,6 +109,8 @@ class Preconditioner:
         factor_decay: β in [0, 1) of the running averages of A and G.
         factor_update_period: Steps between updates of the factors, or a function of the step.
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
+        stagger_refreshes: Spread the layers' refreshes over the period, so that no step has to wait
+            for all of them.
         grad_scaler: The ``GradScaler`` in use, needed where ``unscale_`` is called before
             ``step()`` and the Fisher is empirical.
         skip: Names, globs or types of modules to leave out.
@@ -146,6 +149,7 @@ class Preconditioner:
         factor_decay: float = 0.95,
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
+        stagger_refreshes: bool = True,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
         max_factor_dim: int = 8192,
@@ -162,6 +166,7 @@ class Preconditioner:
             ("loss_terms", loss_terms, LOSS_TERMS, ""),
             ("position_mask", position_mask, POSITION_MASK, ""),
             ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
+            ("stagger_refreshes", stagger_refreshes, BOOLEAN, ""),
             ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
             ("skip", skip, SKIP, "A single entry still goes into a tuple."),
             ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, ""),
@@ -176,6 +181,7 @@ class Preconditioner:
             owner, "inverse_update_period", inverse_update_period, POSITIVE_INTEGER
         )
         self.factor_decay = factor_decay
+        self.stagger_refreshes = stagger_refreshes
         self.grad_scaler = grad_scaler
         self.inverse = resolve(inverse, STRATEGIES, owner)
         self.likelihood = (
@@ -281,7 +287,7 @@ class Preconditioner:
         finite = all_finite(list(gradients.values()))
         damping = dict.fromkeys(self.blocks.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
-        self.blocks.refresh(damping, due=plan.refresh)
+        self.blocks.refresh(damping, plan.refresh)
         directions = {
             p: d.to(p.dtype) for p, d in self.blocks.precondition(gradients, damping).items()
         }
@@ -295,7 +301,11 @@ class Preconditioner:
     def plan(self) -> StepPlan:
         """Read the schedules before anything changes, so that a bad value fails harmlessly."""
         return StepPlan(
-            refresh=self.steps % self.inverse_update_period.at(self.steps) == 0,
+            refresh=self.blocks.due(
+                self.steps,
+                self.inverse_update_period.at(self.steps),
+                staggered=self.stagger_refreshes,
+            ),
             capture_next=self._factors_due(self.steps + 1),
         )
 

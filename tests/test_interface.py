@@ -101,7 +101,7 @@ def test_periods_decide_when_factors_and_inverses_change() -> None:
     model, criterion = net(), nn.CrossEntropyLoss()
     optimizer = KFAC(
         model, lr=0.1, criterion=criterion, factor_update_period=lambda step: 2,
-        inverse_update_period=3,
+        inverse_update_period=3, stagger_refreshes=False,
     )  # fmt: skip
     updates = []
     for _ in range(6):

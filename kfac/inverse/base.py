@@ -1,7 +1,7 @@
 """What a strategy for (A ⊗ G + damping)⁻¹ has to provide, and what all strategies share."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -97,11 +97,21 @@ def multiply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tenso
     return matrix
 
 
-def merge(old: dict[str, Tensor], new: Mapping[str, Tensor], failed: Tensor) -> None:
-    """Write ``new`` into ``old`` for every layer that has not failed."""
+def merge(
+    old: dict[str, Tensor], new: Mapping[str, Tensor], kept: Tensor, members: Sequence[int]
+) -> None:
+    """Write new state into old, but where it is to be kept.
+
+    Args:
+        old: State of a bucket, ``[layers, ...]``.
+        new: State of some of its layers, ``[len(members), ...]``.
+        kept: Boolean ``[len(members)]``: whose old state stays.
+        members: Which layers these are.
+    """
     for key, tensor in new.items():
-        mask = failed.view(-1, *[1] * (tensor.dim() - 1))
-        old[key].copy_(torch.where(mask, old[key], tensor))
+        mask = kept.view(-1, *[1] * (tensor.dim() - 1))
+        for i, index in enumerate(members):
+            old[key][index].copy_(torch.where(mask[i], old[key][index], tensor[i]))
 
 
 def resolve(

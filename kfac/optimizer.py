@@ -261,7 +261,9 @@ class KFAC(torch.optim.Optimizer):
         directions = engine.blocks.precondition(gradients, damping)
         directions = self._clipped(directions, gradients)
         accept = finite & all_finite(list(directions.values()))
-        self._descend(gradients | directions, accept)
+        # The update overwrites what it is given, and gradients are the user's.
+        rest = {p: g.clone() for p, g in gradients.items() if p not in directions}
+        self._descend(rest | directions, accept)
         self._step_fallback(gradients, accept)
         engine.advance(plan, accept)
         return loss
@@ -310,7 +312,11 @@ class KFAC(torch.optim.Optimizer):
                 [lrs[id(p)] for p in directions],
                 self.kl_clip,
             )
-            directions = {p: d * self._kl_clip_scale.to(d) for p, d in directions.items()}
+            by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+            for direction in directions.values():
+                by_kind[direction.dtype, direction.device].append(direction)
+            for members in by_kind.values():
+                torch._foreach_mul_(members, self._kl_clip_scale.to(members[0]))
         return {p: d.to(p.dtype) for p, d in directions.items()}
 
     def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:

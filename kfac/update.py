@@ -12,8 +12,11 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     if not filled:
         return torch.tensor(True)
     device = filled[0].device
-    largest = torch._foreach_norm(filled, float("inf"))
-    return torch.stack([n.float().to(device) for n in largest]).isfinite().all()
+    if device.type == "cpu":  # where the norm of many tensors is not vectorised
+        extremes = [extreme for t in filled for extreme in torch.aminmax(t)]
+    else:
+        extremes = list(torch._foreach_norm(filled, float("inf")))
+    return torch.stack([e.to(device, torch.float32) for e in extremes]).isfinite().all()
 
 
 def kl_clip_scale(
@@ -43,7 +46,7 @@ def kl_clip_scale(
     terms = []
     for direction, gradient, lr in zip(directions, gradients, lrs, strict=True):
         precise = torch.promote_types(direction.dtype, torch.float32)
-        inner = (direction.to(precise) * gradient.to(precise)).sum()
+        inner = torch.dot(direction.to(precise).flatten(), gradient.to(precise).flatten())
         terms.append((lr * lr * inner).reshape(()).to(device))
     return (kl_clip / torch.stack(terms).sum().abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
 
@@ -68,7 +71,7 @@ def descend(
 
     Args:
         parameters: Tensors to update.
-        directions: Δ of each.
+        directions: Δ of each; they serve as work space and are overwritten.
         buffers: m of each, or None without momentum; zero before the first step.
         lr: Learning rate.
         momentum: Momentum factor.
@@ -87,17 +90,19 @@ def descend(
     accept = accept.to(first.device)
     rate = torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
     rate = torch.where(accept, rate, 0.0)
-    moves = [torch.where(accept, d, 0.0) for d in directions]
+    for direction in directions:
+        direction.masked_fill_(~accept, 0.0)
     if maximize:
-        torch._foreach_neg_(moves)
+        torch._foreach_neg_(directions)
     if weight_decay:
         torch._foreach_mul_(parameters, 1 - rate * weight_decay)
     if buffers is not None:
-        factor = torch.where(accept, torch.full_like(rate, momentum), 1.0)
-        torch._foreach_mul_(list(buffers), factor)
-        torch._foreach_add_(list(buffers), moves)
+        buffers = list(buffers)
+        torch._foreach_mul_(buffers, torch.where(accept, torch.full_like(rate, momentum), 1.0))
+        torch._foreach_add_(buffers, directions)
         if nesterov:
-            moves = list(torch._foreach_add(moves, torch._foreach_mul(list(buffers), momentum)))
+            torch._foreach_add_(directions, buffers, alpha=momentum)
         else:
-            moves = list(buffers)
-    torch._foreach_add_(parameters, torch._foreach_mul(moves, -rate))
+            torch._foreach_copy_(directions, buffers)
+    torch._foreach_mul_(directions, -rate)
+    torch._foreach_add_(parameters, directions)

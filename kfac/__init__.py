@@ -2,10 +2,19 @@
 
 from kfac import covariance
 from kfac.fisher import Likelihood
-from kfac.inverse import Cholesky, Eigen, Ekfac
+from kfac.inverse import Cholesky, Eigen, Ekfac, NewtonSchulz
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
 
 __version__ = "0.1.0"
 
-__all__ = ["KFAC", "Cholesky", "Eigen", "Ekfac", "Likelihood", "Preconditioner", "covariance"]
+__all__ = [
+    "KFAC",
+    "Cholesky",
+    "Eigen",
+    "Ekfac",
+    "Likelihood",
+    "NewtonSchulz",
+    "Preconditioner",
+    "covariance",
+]

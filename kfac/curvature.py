@@ -178,8 +178,9 @@ class Curvature:
         if len(members) < len(bucket.names):
             factors = {key: factor[members] for key, factor in factors.items()}
             weight = weight[members]
+        previous = {key: tensor[members] for key, tensor in self.states[index].items()}
         new, failed = self.inverse.refresh(
-            factors, self._vector([damping[n] for n in names], index)
+            factors, self._vector([damping[n] for n in names], index), previous
         )
         kept = failed | (weight == 0)
         if isinstance(self.inverse, Ekfac):
@@ -285,7 +286,8 @@ class Curvature:
             state = self.states[index] | bucket.factors
             if len(members) < len(bucket.names):
                 state = {key: tensor[members] for key, tensor in state.items()}
-            stacked = torch.stack([la.gradient_matrix(gradients).to(bucket.dtype) for la in layers])
+            matrices = [layer.gradient_matrix(gradients).to(bucket.dtype) for layer in layers]
+            stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0].unsqueeze(0)
             amounts = self._vector([damping[layer.name] for layer in layers], index)
             result = self.inverse.precondition(state, stacked, amounts)
             for layer, matrix in zip(layers, result, strict=True):

@@ -248,10 +248,17 @@ class KFAC(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        with torch.autocast(engine.params[0].device.type, enabled=False):
+            self._update()
+        return loss
+
+    def _update(self) -> None:
+        """Turn the gradients into a step of the parameters."""
+        engine = self._engine
         gradient_scale, scale_seen = self._amp_scales()
         if self._overflowed():
             engine.discard()
-            return loss
+            return
         plan = engine.plan()
         damping = self._damping_by_layer()
         gradients = engine.mean_gradients(gradient_scale)
@@ -266,7 +273,6 @@ class KFAC(torch.optim.Optimizer):
         self._descend(rest | directions, accept)
         self._step_fallback(gradients, accept)
         engine.advance(plan, accept)
-        return loss
 
     def _overflowed(self) -> bool:
         found_inf = getattr(self, "found_inf", None)

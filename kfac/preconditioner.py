@@ -105,7 +105,8 @@ class Preconditioner:
             padded positions then stay out of A.
         weight_sharing: ``"expand"``, ``"reduce"`` or a function of name and module.
         inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping), ``"ekfac"`` (exact
-            damping, measured eigenvalues) or a strategy.
+            damping, measured eigenvalues), ``"newton-schulz"`` (factored damping by matrix
+            products) or a strategy.
         factor_decay: β in [0, 1) of the running averages of A and G.
         factor_update_period: Steps between updates of the factors, or a function of the step.
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
@@ -281,6 +282,10 @@ class Preconditioner:
         Raises:
             RuntimeError: If a factor update is due and no statistics could be collected.
         """
+        with torch.autocast(self.params[0].device.type, enabled=False):
+            self._precondition()
+
+    def _precondition(self) -> None:
         scale = float(self.grad_scaler.get_scale()) if self.scaler_is_enabled else 1.0
         plan = self.plan()
         gradients = self.mean_gradients(1.0)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac import KFAC, Cholesky, Eigen, Preconditioner
+from kfac import KFAC, Cholesky, Eigen, NewtonSchulz, Preconditioner
 
 NAN, INF = float("nan"), float("inf")
 CRITERION = nn.CrossEntropyLoss()
@@ -122,13 +122,25 @@ def test_a_lazy_model_is_refused() -> None:
         KFAC(nn.Sequential(nn.LazyLinear(2)), lr=0.1)
 
 
-@pytest.mark.parametrize("strategy", [Cholesky, Eigen])
+@pytest.mark.parametrize("strategy", [Cholesky, Eigen, NewtonSchulz])
 @pytest.mark.parametrize("value", [0, -1, 1.5, None])
 def test_a_strategy_checks_its_own_settings(strategy: type, value: Any) -> None:
     with pytest.raises(
         ValueError, match=rf"{strategy.__name__}\(max_consecutive_failures=\.\.\.\)"
     ):
         strategy(max_consecutive_failures=value)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("max_iterations", value) for value in (0, -1, 1.5, True, None)),
+        *(("tolerance", value) for value in (0.0, -1e-3, NAN, None)),
+    ],
+)
+def test_the_iteration_checks_its_own_settings(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"NewtonSchulz\({setting}=\.\.\.\) must be"):
+        NewtonSchulz(**{setting: value})
 
 
 def test_a_schedule_that_turns_bad_fails_before_anything_changes() -> None:

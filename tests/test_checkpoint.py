@@ -19,6 +19,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "mc": {"fisher": "mc"},
     "type-2, eigen": {"fisher": "type-2", "inverse": "eigen"},
     "forward-only": {"fisher": "forward-only"},
+    "newton-schulz": {"fisher": "mc", "inverse": "newton-schulz"},
+    "newton-schulz, at every step": {"inverse": "newton-schulz", "inverse_update_period": 1},
     "adamw fallback": {"fisher": "mc", "fallback": "adamw"},
     "scheduled": {"damping": lambda step: 0.1 / (step + 1), "factor_update_period": 1},
     "diagonal": {"max_factor_dim": 10},

@@ -452,7 +452,11 @@ GENERAL: dict[str, Callable[[], Problem]] = {
     ),
 }
 
-SOLVES = {"eigen": oracles.solve_exact_damping, "cholesky": oracles.solve_factored_damping}
+SOLVES = {
+    "eigen": oracles.solve_exact_damping,
+    "cholesky": oracles.solve_factored_damping,
+    "newton-schulz": oracles.solve_factored_damping,
+}
 
 
 def output_factor(problem: Problem, layer: oracles.Layer, fisher: str) -> Tensor:
@@ -481,11 +485,13 @@ def test_step_is_the_solve_with_explicit_factors(name: str, sharing: str, fisher
     problem = replace(build(GENERAL, name), sharing=sharing)
     check_factors(problem, "eigen", fisher)
     check_factors(problem, "cholesky", fisher)
+    check_factors(problem, "newton-schulz", fisher)
 
 
+@pytest.mark.parametrize("inverse", ["cholesky", "newton-schulz"])
 @pytest.mark.parametrize("name", EXACT)
-def test_cholesky_is_the_dense_factored_damping(name: str) -> None:
-    check_factors(build(EXACT, name), "cholesky", "type-2")
+def test_stored_inverses_are_the_dense_factored_damping(name: str, inverse: str) -> None:
+    check_factors(build(EXACT, name), inverse, "type-2")
 
 
 @pytest.mark.parametrize("name", ["classifier", "language model", "convolution, groups"])

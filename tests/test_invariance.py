@@ -364,3 +364,17 @@ def test_large_damping_is_gradient_descent(fisher: str, inverse: str) -> None:
     actual = trained(model, criterion, [(x, y)], fisher, **settings)
     for after, before, gradient in zip(actual, model.parameters(), gradients.values(), strict=True):
         torch.testing.assert_close(after, before.detach() - gradient, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("inverse", ["eigen", "cholesky", "newton-schulz"])
+def test_autocast_around_the_step_changes_nothing(inverse: str) -> None:
+    results = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        model, criterion = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), nn.MSELoss()
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, inverse=inverse)
+        criterion(model(torch.randn(8, 3)), torch.randn(8, 2)).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *results))

@@ -4,7 +4,23 @@ from kfac.inverse.base import Inverse, InverseName, merge, resolve
 from kfac.inverse.cholesky import Cholesky
 from kfac.inverse.eigen import Eigen
 from kfac.inverse.ekfac import Ekfac
+from kfac.inverse.newton_schulz import NewtonSchulz
 
-STRATEGIES: dict[str, type[Inverse]] = {"cholesky": Cholesky, "eigen": Eigen, "ekfac": Ekfac}
+STRATEGIES: dict[str, type[Inverse]] = {
+    "cholesky": Cholesky,
+    "eigen": Eigen,
+    "ekfac": Ekfac,
+    "newton-schulz": NewtonSchulz,
+}
 
-__all__ = ["STRATEGIES", "Cholesky", "Eigen", "Ekfac", "Inverse", "InverseName", "merge", "resolve"]
+__all__ = [
+    "STRATEGIES",
+    "Cholesky",
+    "Eigen",
+    "Ekfac",
+    "Inverse",
+    "InverseName",
+    "NewtonSchulz",
+    "merge",
+    "resolve",
+]

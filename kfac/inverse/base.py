@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import ClassVar, Literal
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from kfac.arguments import POSITIVE_INTEGER, argument_error, check
 from kfac.factors import BlockShape
 
-InverseName = Literal["cholesky", "eigen", "ekfac"]
+InverseName = Literal["cholesky", "eigen", "ekfac", "newton-schulz"]
 
 
 @dataclass(frozen=True)
@@ -57,13 +58,16 @@ class Inverse(ABC):
 
     @abstractmethod
     def refresh(
-        self, factors: Mapping[str, Tensor], damping: Tensor
+        self, factors: Mapping[str, Tensor], damping: Tensor, previous: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute a new state from the factors.
 
         Args:
             factors: "A" and "G" as in :class:`kfac.factors.Bucket`; an identity factor is absent.
             damping: λ per layer ``[layers]``.
+            previous: The state of these layers at the last refresh, zeros before the first. For
+                factors and damping that have not changed since, the result must not either, bit
+                for bit.
 
         Returns:
             The state, and a boolean ``[layers]``: which layers could not be decomposed.
@@ -91,10 +95,27 @@ def multiply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tenso
         right: ``[layers, groups, d_in, d_in]``, ``[layers, groups, d_in]`` or None.
     """
     if left is not None:
-        matrix = left @ matrix if left.dim() == 4 else left.unsqueeze(-1) * matrix
+        matrix = _product(left, matrix) if left.dim() == 4 else left.unsqueeze(-1) * matrix
     if right is not None:
-        matrix = matrix @ right if right.dim() == 4 else matrix * right.unsqueeze(-2)
+        matrix = _product(matrix, right) if right.dim() == 4 else matrix * right.unsqueeze(-2)
     return matrix
+
+
+# From this inner dimension on a matrix product is large.
+_LARGE = 256
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The batched matrix product ``[layers, groups, ...]``; large ones one by one on a CPU.
+
+    There the library spreads a single product over the cores better than a batch of them.
+    """
+    if left.device.type != "cpu" or left.shape[-1] < _LARGE:
+        return left @ right
+    result = left.new_empty(*left.shape[:-1], right.shape[-1])
+    for index in product(*map(range, left.shape[:-2])):
+        torch.matmul(left[index], right[index], out=result[index])
+    return result
 
 
 def merge(

@@ -46,7 +46,7 @@ class Eigen(Inverse):
         return shapes
 
     def refresh(
-        self, factors: Mapping[str, Tensor], damping: Tensor
+        self, factors: Mapping[str, Tensor], damping: Tensor, previous: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Decompose both factors."""
         state, failed = {}, torch.zeros_like(damping, dtype=torch.bool)

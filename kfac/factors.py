@@ -160,10 +160,12 @@ class Bucket:
         seen = present > 0
         usable = seen & torch.stack(traces).sum(0).isfinite() & accept.to(self.device)
         total = decay * self.weight + 1
+        share = torch.where(usable, 1 / total, 0.0)
         for name, pending in self.pending.items():
             average = self.factors[name]
-            new = pending / _like(present.clamp(min=1), pending)
-            average.lerp_(torch.where(_like(usable, new), new, average), _like(1 / total, new))
+            pending.masked_fill_(~_like(usable, pending), 0.0)
+            average.mul_(_like(1 - share, average))
+            average.addcmul_(pending, _like(share / present.clamp(min=1), pending))
         self.weight = torch.where(usable, total, self.weight)
         self.discard()
         return seen & ~usable

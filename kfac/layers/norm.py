@@ -58,14 +58,17 @@ class NormLayer(Layer):
 
     def input_moment(self, x: Tensor) -> Tensor:
         """Σ x̂², Σ x̂ and the number of rows, per channel."""
-        rows = self.normalized(x.to(self.dtype))
-        square = self._sum(rows.square())
+        total, square = self._sums(x.to(self.dtype))
         entries = [square]
         if self.has_bias:
             count = torch.full_like(square, self.row_count(x))
-            total = [self._sum(rows)] * 2 if self.shape.a_kind == "dense" else []
-            entries += [*total, count]
+            entries += [total, total, count] if self.shape.a_kind == "dense" else [count]
         return torch.stack(entries, dim=-1).view(self.shape.factor_shapes()["A"])
+
+    def _sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Σ x̂ and Σ x̂² over all rows, per channel."""
+        rows = self.normalized(x)
+        return self._sum(rows), self._sum(rows.square())
 
     def gradient_moment(self, g: Tensor) -> Tensor:
         """Σ g² per channel."""
@@ -143,6 +146,7 @@ class BatchNormLayer(NormLayer):
     )
     module: _NormBase
     by_running_statistics = False
+    _is_over_the_batch = True
 
     def as_called(self) -> Self:
         """Remember the statistics that this call normalises by."""
@@ -160,6 +164,15 @@ class BatchNormLayer(NormLayer):
         assert variance is not None
         return F.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), eps=module.eps)
 
+    def _sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What has been normalised by its own statistics has these sums by definition."""
+        if self.by_running_statistics or not self._is_over_the_batch:
+            return super()._sums(x)
+        _, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
+        rows = x.numel() // x.shape[1]
+        square = rows * variance / (variance + self.module.eps)
+        return torch.zeros_like(square), square
+
     def _has_running_statistics(self) -> bool:
         return self.module.running_mean is not None
 
@@ -171,6 +184,7 @@ class InstanceNormLayer(BatchNormLayer):
     """``nn.InstanceNorm1d`` to ``3d``, by the statistics of each example or by running ones."""
 
     module_types = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+    _is_over_the_batch = False
 
     def channels_last(self, tensor: Tensor) -> Tensor:
         """As for the others; an unbatched ``[channels, *spatial]`` is a batch of one."""

@@ -567,9 +567,7 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ("BatchNorm2d, evaluating", "expand"),
     ),
     "the mode of the backward pass": (
-        replace(
-            BatchNormLayer, "normalized", lambda original, self, x: original(self.as_called(), x)
-        ),
+        replace(BatchNormLayer, "_sums", lambda original, self, x: original(self.as_called(), x)),
         test_the_mode_of_the_forward_pass_counts,
         ("BatchNorm2d", True),
     ),

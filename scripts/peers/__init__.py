@@ -1,0 +1,1 @@
+"""Optimizers of other packages, each timed against SGD in a process of its own."""

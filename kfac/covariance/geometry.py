@@ -99,6 +99,13 @@ def windows_of(
     owner: str, x: Tensor, kernel_size: int | Sequence[int], **geometry: Unpack[PatchGeometry]
 ) -> Windows:
     """Check the arguments of ``owner``, cast ``x`` to the dtype of sums, and pad it."""
+    return padded(*checked(owner, x, kernel_size, **geometry))
+
+
+def checked(
+    owner: str, x: Tensor, kernel_size: int | Sequence[int], **geometry: Unpack[PatchGeometry]
+) -> tuple[Tensor, Layout]:
+    """Check the arguments of ``owner`` and cast ``x`` to the dtype of sums."""
     x = to_accumulator(owner, x)
     if not 0 < x.dim() - 2 <= _MOST_SPATIAL_DIMS or min(x.shape[1:]) < 1:
         constraint = (
@@ -112,6 +119,11 @@ def windows_of(
         constraint = f"a divisor of the {x.shape[1]} channels of x"
         remedy = "Pass the layer's own groups."
         raise argument_error(owner, "groups", constraint, layout.groups, remedy)
+    return x, layout
+
+
+def padded(x: Tensor, layout: Layout) -> Windows:
+    """Pad ``x`` so that its convolution needs no padding."""
     if any(map(any, layout.margins)):
         margins = [size for pair in reversed(layout.margins) for size in pair]
         x = F.pad(x, margins, mode=_TORCH_MODES[layout.padding_mode])

@@ -1,6 +1,6 @@
 """Second moments of the patches that a convolution sees."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from math import prod
 from typing import Unpack
 
@@ -8,12 +8,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac.covariance.autocorrelation import by_fourier, by_weight_gradient
 from kfac.covariance.channels import channel_covariance
-from kfac.covariance.geometry import PaddingMode, PatchGeometry, Windows, layout_of, windows_of
-
-# Patches are materialised in pieces of this size. Allocators reuse buffers below 32 MiB, and the
-# page faults of fresh ones cost more than the larger matrix products gain.
-_CHUNK_BYTES = 16 * 2**20
+from kfac.covariance.correlated import correlated_covariance
+from kfac.covariance.cost import Method, axes_of, choose
+from kfac.covariance.geometry import (
+    Layout,
+    PaddingMode,
+    PatchGeometry,
+    checked,
+    layout_of,
+    padded,
+    windows_of,
+)
+from kfac.covariance.unfold import unfolded_covariance, view_dims
 
 
 def patch_covariance(
@@ -57,19 +65,16 @@ def patch_covariance(
     Source: Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution
     layers", section 3; there ``A`` is averaged over examples, here the caller divides.
     """
-    windows = windows_of(
+    x, layout = checked(
         "patch_covariance", x, kernel_size, stride=stride, padding=padding, dilation=dilation,
         groups=groups, padding_mode=padding_mode,
     )  # fmt: skip
-    if groups == prod(windows.layout.kernel) == 1:
-        second = channel_covariance(windows.view()).unsqueeze(0)
-    else:
-        second = _sum_of_products(windows)
-    if not bias:
-        return second
-    bordered = F.pad(second, (0, 1, 0, 1), value=float(windows.patches))
-    bordered[:, -1, :-1] = bordered[:, :-1, -1] = windows.sum().sum(0)
-    return bordered
+    with torch.autocast(x.device.type, enabled=False):
+        if groups == prod(layout.kernel) == 1:
+            second = channel_covariance(padded(x, layout).view()).unsqueeze(0)
+        else:
+            second = second_moment(x, layout)
+        return _with_constant(second, x, layout) if bias else second
 
 
 def extract_patches(
@@ -94,7 +99,7 @@ def extract_patches(
     Cost: a copy of ``x`` times the size of the kernel, divided by the stride in each direction.
     """
     windows = windows_of("extract_patches", x, kernel_size, **geometry)
-    output, kernel = _dims(windows)
+    output, kernel = view_dims(windows)
     patches = windows.view().permute(0, 1, *kernel, *output)
     return patches.reshape(len(x), windows.layout.groups, windows.rows, windows.layout.positions)
 
@@ -182,29 +187,35 @@ def patch_second_moment_diagonal(
     return F.pad(diagonal, (0, 1), value=float(windows.patches)) if bias else diagonal
 
 
-def _dims(windows: Windows) -> tuple[range, range]:
-    """Dimensions of the outputs and of the kernel in the view of all patches."""
-    dims = len(windows.layout.kernel)
-    return range(2, 2 + dims), range(2 + dims, 2 + 2 * dims)
+def _with_constant(second: Tensor, x: Tensor, layout: Layout) -> Tensor:
+    """Append the row and the column of the constant 1: the sum of the patches, and their number."""
+    bordered = F.pad(second, (0, 1, 0, 1), value=float(len(x) * layout.positions))
+    total = padded(x.sum(0, keepdim=True), layout).sum()[0]
+    bordered[:, -1, :-1] = bordered[:, :-1, -1] = total
+    return bordered
 
 
-def _sum_of_products(windows: Windows) -> Tensor:
-    groups, rows = windows.layout.groups, windows.rows
-    total = windows.x.new_zeros(groups, rows, rows)
-    output, kernel = _dims(windows)
-    patches = max(1, _CHUNK_BYTES // (groups * rows * windows.x.element_size()))
-    for part in _parts(windows.view(), (0, *output), patches):
-        columns = part.permute(1, *kernel, 0, *output).reshape(groups, rows, -1)
-        total.baddbmm_(columns, columns.mT)  # in place: autocast then leaves it in float32
-    return total
+def second_moment(x: Tensor, layout: Layout, method: Method | None = None) -> Tensor:
+    """Sum the outer products of patches, ``[groups, d, d]``.
 
-
-def _parts(view: Tensor, dims: tuple[int, ...], patches: int) -> Iterator[Tensor]:
-    """Split the view of all patches into pieces of at most ``patches``, along ``dims`` in turn."""
-    first, *rest = dims
-    inner = prod(view.shape[dim] for dim in rest)
-    for part in torch.split(view, max(1, patches // inner), first):
-        if inner > patches:
-            yield from _parts(part, tuple(rest), patches)
-        else:
-            yield part
+    Args:
+        x: Input in the dtype of sums.
+        layout: Geometry of the convolution.
+        method: How to compute it; None leaves that to :func:`kfac.covariance.cost.choose`. All give
+            the same up to rounding, but gradients reach ``x`` through ``"unfold"`` only.
+    """
+    if layout.padding_mode != "zeros":  # the other methods take the input for zero outside
+        x = padded(x, layout).x
+        layout = layout._replace(margins=((0, 0),) * (x.dim() - 2), padding_mode="zeros")
+    axes = axes_of(x.shape[2:], layout)
+    if method is None:
+        differentiable = x.requires_grad and torch.is_grad_enabled()
+        method = (
+            "unfold"
+            if differentiable
+            else choose(x.shape, layout, axes, x.device.type, x.element_size())
+        )
+    if method == "unfold" or axes is None or not len(x):
+        return unfolded_covariance(padded(x, layout))
+    autocorrelation = by_fourier if method == "fourier" else by_weight_gradient
+    return correlated_covariance(x, axes, layout.groups, autocorrelation)

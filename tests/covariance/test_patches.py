@@ -17,8 +17,9 @@ from kfac.covariance import (
     patch_covariance,
     patch_mean,
     patch_second_moment_diagonal,
-    patches,
+    unfold,
 )
+from kfac.covariance.geometry import windows_of
 
 DEFAULTS: dict[str, Any] = {
     "stride": 1, "padding": 0, "dilation": 1, "groups": 1, "padding_mode": "zeros",
@@ -242,9 +243,11 @@ def test_memory_layouts(layout: str, groups: int, kernel: int) -> None:
 def test_pieces_of_any_size_add_up(
     monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(patches, "_CHUNK_BYTES", limit)
-    dilation = (2, *[1] * (len(shape) - 1))[::-1]
-    assert_moments(random(5, 2, *shape), 3, padding=1, dilation=dilation)
+    monkeypatch.setattr(unfold, "CHUNK_BYTES", limit)
+    geometry = {"padding": 1, "dilation": (2, *[1] * (len(shape) - 1))[::-1]}
+    x = random(5, 2, *shape)
+    expected = oracle(x, 3, **geometry)
+    assert_close(unfold.unfolded_covariance(windows_of("", x, 3, **geometry)), expected)
 
 
 class LargestClone(TorchDispatchMode):
@@ -264,9 +267,9 @@ class LargestClone(TorchDispatchMode):
 def test_materialised_patches_stay_bounded(
     monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(patches, "_CHUNK_BYTES", limit)
+    monkeypatch.setattr(unfold, "CHUNK_BYTES", limit)
     with LargestClone() as largest:
-        patch_covariance(random(4, 8, *shape), (3,) * len(shape), padding=1)
+        unfold.unfolded_covariance(windows_of("", random(4, 8, *shape), 3, padding=1))
     assert limit / 2 < largest.bytes <= limit
 
 

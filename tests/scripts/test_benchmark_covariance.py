@@ -1,6 +1,7 @@
 """`scripts/benchmark_covariance.py` runs, agrees with float64 and writes its figures."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,34 @@ def test_tables_compare_equal_quantities(table: tuple[str, ...], tmp_path: Path)
             assert rows[name]["relative_error"] < 1e-5
             assert rows[name]["milliseconds"] > 0
             assert name in process.stdout
+
+
+def test_summary_compares_with_the_best_im2col_and_the_forward_pass(tmp_path: Path) -> None:
+    process = run("--patches", "--shapes", "3,2,5,4", "2,6,2,2")
+    assert process.returncode == 0, process.stderr
+    pattern = (
+        r"3×3, stride 1, padding 1: (\S+)× faster than the best im2col \(at least (\S+)×\), "
+        r"(\S+)× the forward convolution"
+    )
+    found = re.search(pattern, process.stdout)
+    assert found is not None
+    mean, worst, forward = map(float, found.groups())
+    assert mean >= worst > 0
+    assert forward > 0
+
+
+def test_calibration_times_every_method(tmp_path: Path) -> None:
+    path = tmp_path / "figures.json"
+    process = run("--calibrate", "--shapes", "3,2,5,4", "2,6,2,2", "--json", str(path))
+    assert process.returncode == 0, process.stderr
+    figures: dict[str, Any] = json.loads(path.read_text())
+    assert figures["kind"] == "cpu"
+    for row in figures["results"]:
+        assert set(row["milliseconds"]) == {"unfold", "weight gradient", "fourier"}
+        assert set(row["expected"]) == set(row["milliseconds"])
+        best = min(row["milliseconds"].values())
+        assert row["loss"] == pytest.approx(row["milliseconds"][row["choice"]] / best)
+        assert row["geometry"]["kernel_size"] == 3
 
 
 def test_refuses_a_shape_that_is_no_feature_map() -> None:

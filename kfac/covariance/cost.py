@@ -41,10 +41,10 @@ class Rates(NamedTuple):
 
 
 RATES: Mapping[str, Rates] = {
-    "cpu": Rates(1e-11, 2e-11, 1.5e-11, 5e-10, 1e-5),
+    "cpu": Rates(8.4e-12, 1.7e-12, 1.1e-11, 5.7e-10, 9e-6),
     "cuda": Rates(5e-14, 1e-13, 1e-13, 4e-12, 1e-5),
 }
-"""Fitted to the measurements in ``tests/covariance/measurements.json`` (2 CPU cores)."""
+"""Those of the CPU are fitted to ``tests/covariance/measurements.json`` (2 cores, AVX-512)."""
 
 
 def choose(
@@ -141,8 +141,8 @@ def _unfold(shape: Sequence[int], layout: Layout, itemsize: int) -> Work:
     patches = layout.groups * shape[0] * layout.positions
     bands = len(row_bands(rows))
     chunks = -(-patches * rows * itemsize // CHUNK_BYTES)
-    products = patches * rows**2 * (1 + 1 / bands) / 2
-    numbers = patches * rows + layout.groups * rows**2
+    products = patches * rows * max(rows, 4 * _LEAST_CHANNELS) * (1 + 1 / bands) / 2
+    numbers = 1.5 * patches * rows + layout.groups * rows**2
     return Work(products=products, numbers=numbers, calls=10 + chunks * (3 + bands))
 
 
@@ -185,8 +185,8 @@ def _weight_gradient(examples: int, groups: int, channels: int, axes: Sequence[A
     shifts = (axes[0].reach + 1) * prod(axis.sums(Part.ALL) for axis in axes[1:])
     pixels = prod(axis.size for axis in axes) * examples * groups
     convolutions = pixels * channels * max(channels, 4 * _LEAST_CHANNELS) * shifts
-    numbers = 3 * pixels * channels + 4 * shifts * groups * channels**2
-    return Work(convolutions=convolutions, numbers=numbers, calls=15)
+    numbers = 3 * pixels * channels + 8 * shifts * groups * channels**2
+    return Work(convolutions=convolutions, numbers=numbers, calls=25)
 
 
 def _fourier(
@@ -203,9 +203,9 @@ def _fourier(
         rest /= axis.size
     shifts = prod(axis.sums(Part.ALL) for axis in axes)
     products = 2 * frequencies * maps * max(channels, _LEAST_CHANNELS)
-    copies = 10 if groups > 1 and channels > 1 else 6
-    numbers = pixels + copies * frequencies * maps + frequencies * square + 4 * shifts * square
-    chunks = numbers * itemsize / CHUNK_BYTES
+    copies = 8 if groups > 1 and channels > 1 else 6
+    numbers = pixels + copies * frequencies * maps + 4 * shifts * square
+    chunks = (4 * frequencies * maps + frequencies * square) * itemsize / CHUNK_BYTES
     calls = 30 + (1 + chunks) * (10 + 10 * len(axes))
     return Work(products, transforms + shifts * frequencies * square, 0.0, numbers, calls)
 

@@ -59,8 +59,12 @@ def patch_covariance(
     Raises:
         ValueError: An argument is out of range, or the kernel does not fit into the padded input.
 
-    Cost: ``groups·N·T·d²`` multiply-adds for ``T`` output positions. Extra memory of the padded
-    input and 16 MiB of patches, or a single patch that takes more.
+    Cost: at most ``groups·N·T·d²`` multiply-adds for ``T`` output positions; overlapping patches of
+    stride 1 take about ``N·|spatial|·C²/groups`` without being made, see
+    :func:`kfac.covariance.cost.choose`. Extra memory of the order of input and result, and 32 MiB.
+    Rounding is relative to the sum of the squares of ``x``. On CUDA the precision of products is
+    that of torch's settings for matrix products and, where the weight gradient of a convolution is
+    used, for convolutions, which may round float32 to TF32.
 
     Source: Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution
     layers", section 3; there ``A`` is averaged over examples, here the caller divides.

@@ -2,6 +2,7 @@
 
 from kfac.covariance.channels import channel_covariance
 from kfac.covariance.geometry import PatchGeometry
+from kfac.covariance.gram import gram
 from kfac.covariance.patches import (
     extract_patches,
     patch_count,
@@ -14,6 +15,7 @@ __all__ = [
     "PatchGeometry",
     "channel_covariance",
     "extract_patches",
+    "gram",
     "patch_count",
     "patch_covariance",
     "patch_mean",

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kfac.covariance.axes import constant
+
 # Intermediate results are made in pieces of this size: allocators give larger buffers back, and the
 # page faults of fresh ones cost more than larger matrix products gain.
 CHUNK_BYTES = 8 * 2**20
@@ -85,8 +87,9 @@ def by_fourier(x: Tensor, reach: Sequence[int], dilation: Sequence[int]) -> Tens
     offsets = prod(2 * r + 1 for r in reach) // 2 + 1
     total = x.new_empty(2 * offsets, groups * channels**2)
     space = _Workspace(x)
-    weights = _weights_of_products(x, lengths, reach, dilation)
-    turns = [_turns(m, n, x) for m, n in zip(lengths[:-1], sizes[:-1], strict=True)]
+    kind = x.dtype, x.device
+    weights = _weights_of_products(tuple(lengths), tuple(reach), tuple(dilation), *kind)
+    turns = [_turns(m, n, *kind) for m, n in zip(lengths[:-1], sizes[:-1], strict=True)]
     done = 0
     for lines in _transforms_of_lines(x, lengths, total.numel() // 2, space):
         spectrum = _transform(lines, turns, space)
@@ -121,7 +124,7 @@ def _transforms_of_lines(
     outer = _chunk(2 * len(lines), x)
     numbers = prod(lengths[:-1]) * (4 * maps + groups * channels**2)
     inner = max(_chunk(numbers, x), least // numbers)
-    waves = torch.stack(_waves(lengths[-1] // 2 + 1, size, lengths[-1], x), 1)
+    waves = _waves(lengths[-1] // 2 + 1, size, lengths[-1], x.dtype, x.device)
     for some in torch.split(waves, outer):
         basis = some.flatten(0, 1)
         amplitudes = space.take("lines", len(basis), len(lines)).addmm_(basis, lines.T, beta=0)
@@ -153,21 +156,26 @@ def _transform(
     return spectrum.view(-1, 2, spectrum.shape[-1])
 
 
-def _waves(count: int, size: int, length: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Real and imaginary part ``[count, size]`` of the waves of a transform.
+@constant
+def _waves(count: int, size: int, length: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Real and imaginary parts ``[count, 2, size]`` of the waves of a transform.
 
     Angles are reduced first: the cosines of large ones are inexact.
     """
-    steps = torch.arange(max(count, size), device=like.device)
+    steps = torch.arange(max(count, size), device=device)
     turns = torch.outer(steps[:count], steps[:size]).remainder(length).double() / length
-    return (2 * math.pi * turns).cos().to(like.dtype), (-2 * math.pi * turns).sin().to(like.dtype)
+    angles = 2 * math.pi * turns
+    return torch.stack([angles.cos(), -angles.sin()], 1).to(dtype)
 
 
-def _turns(length: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+@constant
+def _turns(
+    length: int, size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor]:
     """Weights ``[2·length, size]`` of real and of imaginary numbers in their transform."""
-    real, imaginary = _waves(length, size, length, like)
-    of_real = torch.stack([real, imaginary], 1).flatten(0, 1)
-    return of_real, torch.stack([-imaginary, real], 1).flatten(0, 1)
+    waves = _waves(length, size, length, dtype, device)
+    real, imaginary = waves.unbind(1)
+    return waves.flatten(0, 1), torch.stack([-imaginary, real], 1).flatten(0, 1)
 
 
 def _hermitian_products(spectrum: Tensor, space: "_Workspace") -> Tensor:
@@ -185,8 +193,13 @@ def _hermitian_products(spectrum: Tensor, space: "_Workspace") -> Tensor:
     return products.view(frequencies, -1)
 
 
+@constant
 def _weights_of_products(
-    x: Tensor, lengths: Sequence[int], reach: Sequence[int], dilation: Sequence[int]
+    lengths: tuple[int, ...],
+    reach: tuple[int, ...],
+    dilation: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Tensor:
     """Weights ``[2·|δ|, F]`` of ``W`` and of ``Wᵀ`` in ``S``, for the second half of all δ.
 
@@ -194,8 +207,8 @@ def _weights_of_products(
     ``W`` with half their sum and ``Wᵀ`` with half their difference. Frequencies of the last
     dimension that are not their own negatives stand for both.
     """
-    steps = torch.arange(2 * max(lengths), device=x.device, dtype=torch.float64)
-    waves = torch.ones(1, 1, device=x.device, dtype=x.dtype.to_complex())
+    steps = torch.arange(2 * max(lengths), device=device, dtype=torch.float64)
+    waves = torch.ones(1, 1, device=device, dtype=dtype.to_complex())
     for dim, (length, r, d) in enumerate(zip(lengths, reach, dilation, strict=True)):
         count = length if dim < len(lengths) - 1 else length // 2 + 1
         shifts = (steps[: 2 * r + 1] - r)[0 if dim else r :] * d
@@ -204,7 +217,7 @@ def _weights_of_products(
         waves = (waves[:, None, None] * wave[..., None]).flatten(2).flatten(0, 1)
     last = steps[: lengths[-1] // 2 + 1]
     alone = (last == 0) | (2 * last == lengths[-1])
-    share = torch.where(alone, 0.5, 1.0).to(x.dtype) / prod(lengths)
+    share = torch.where(alone, 0.5, 1.0).to(dtype) / prod(lengths)
     half = waves[prod(2 * r + 1 for r in reach[1:]) // 2 :]
     half = half * share.repeat_interleave(prod(lengths[:-1]))
     return torch.cat([half.real + half.imag, half.real - half.imag])

@@ -1,10 +1,37 @@
 """One spatial dimension of a convolution as a sum over all pixels less what its kernel misses."""
 
+from collections.abc import Callable
 from enum import IntEnum
-from typing import NamedTuple
+from functools import lru_cache, wraps
+from typing import NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+# So many constants are kept: those of all layers of a large model.
+_CONSTANTS = 256
+
+Arguments = ParamSpec("Arguments")
+Value = TypeVar("Value", bound=Tensor | tuple[Tensor, ...])
+
+
+def constant(make: Callable[Arguments, Value]) -> Callable[Arguments, Value]:
+    """Keep what a function of sizes, a dtype and a device returns; nobody may modify it.
+
+    The tensors are ordinary ones, whatever mode the first call is made in: those of inference mode
+    would not serve autograd later, and those of a mode that intercepts operations are not kept.
+    """
+    kept = lru_cache(_CONSTANTS)(make)
+
+    @wraps(make)
+    def ordinary(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Value:
+        if _get_current_dispatch_mode() is not None:
+            return make(*args, **kwargs)
+        with torch.inference_mode(False), torch.no_grad():
+            return kept(*args, **kwargs)  # type: ignore[arg-type]
+
+    return ordinary
 
 
 class Part(IntEnum):
@@ -76,25 +103,26 @@ def axis_of(
     )
 
 
-def selection(axis: Axis, like: Tensor) -> Tensor:
+@constant
+def selection(axis: Axis, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Weights of all sums over one dimension in the entries for pairs of kernel elements.
 
     Formula: ``A[i, k] = S[o_k − o_i] − Σ_{p < 0} − Σ_{p ≥ output}`` of
     ``x[p + dilation·o_i − before] x[p + dilation·o_k − before]ᵀ`` in the phases of ``i`` and ``k``.
 
     Returns:
-        ``[taps², (2·reach + 1 + first² + last²)·phases²]``, dtype and device of ``like``.
+        ``[taps², (2·reach + 1 + first² + last²)·phases²]``, see :func:`constant`.
     """
-    places = torch.arange(axis.taps, device=like.device) + axis.lead
+    places = torch.arange(axis.taps, device=device) + axis.lead
     offsets, phases = places // axis.phases, places % axis.phases
-    shifts = torch.arange(-axis.reach, axis.reach + 1, device=like.device)
-    all_pixels = ((offsets - offsets[:, None])[..., None] == shifts).to(like.dtype)
+    shifts = torch.arange(-axis.reach, axis.reach + 1, device=device)
+    all_pixels = ((offsets - offsets[:, None])[..., None] == shifts).to(dtype)
     start = axis.dilation * offsets - axis.before - 1
     end = axis.size - axis.output - start - 2
-    first = _missed(start, torch.arange(axis.first, device=like.device))
-    last = _missed(end, torch.arange(axis.last, device=like.device).flip(0))
-    sums = torch.cat([all_pixels, -first.to(like.dtype), -last.to(like.dtype)], -1)
-    here = (phases[:, None] == torch.arange(axis.phases, device=like.device)).to(like.dtype)
+    first = _missed(start, torch.arange(axis.first, device=device))
+    last = _missed(end, torch.arange(axis.last, device=device).flip(0))
+    sums = torch.cat([all_pixels, -first.to(dtype), -last.to(dtype)], -1)
+    here = (phases[:, None] == torch.arange(axis.phases, device=device)).to(dtype)
     pairs = here[:, None, None, :, None] * here[:, None, None, :]
     return (sums[..., None, None] * pairs).flatten(2).flatten(0, 1)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from kfac.arguments import argument_error
+from kfac.covariance.gram import gram
 
 
 def channel_covariance(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def channel_covariance(x: Tensor) -> Tensor:
         if examples > 1 and channels <= positions:
             return torch.bmm(maps, maps.mT).sum(0)
         columns = maps.transpose(0, 1).reshape(channels, examples * positions)
-        return columns @ columns.T
+        return gram(columns.T.unsqueeze(1))[0]
 
 
 def to_accumulator(owner: str, x: Tensor) -> Tensor:

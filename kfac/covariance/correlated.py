@@ -40,7 +40,7 @@ def correlated_covariance(
     these sums, ``(2·|kernel| − 1)·C²/groups`` numbers per dimension of 3 pixels, and 32 MiB.
     """
     halves = _halves(_phases(x, axes, groups), axes, autocorrelation)
-    selections = [selection(axis, x) for axis in axes]
+    selections = [selection(axis, x.dtype, x.device) for axis in axes]
     kernel = [axis.taps for axis in axes]
     channels = x.shape[1] // groups
     result = x.new_empty(groups, channels, *kernel, channels, *kernel)

@@ -8,7 +8,8 @@ from typing import Literal, NamedTuple
 from kfac.covariance.autocorrelation import CHUNK_BYTES
 from kfac.covariance.axes import Axis, Part, axis_of
 from kfac.covariance.geometry import Layout
-from kfac.covariance.unfold import row_bands
+from kfac.covariance.gram import row_bands
+from kfac.covariance.unfold import chunk_bytes
 
 Method = Literal["unfold", "weight gradient", "fourier"]
 _MOST_PHASES = 16
@@ -111,7 +112,7 @@ def expected_seconds(
     itemsize: int,
 ) -> float:
     """Model the time of one method; that of its arithmetic and traffic grows with ``itemsize``."""
-    work = work_of(method, shape, layout, axes, itemsize)
+    work = work_of(method, shape, layout, axes, itemsize, device)
     rates = RATES["cuda" if device == "cuda" else "cpu"]
     *volumes, calls = (w * r for w, r in zip(work, rates, strict=True))
     return sum(volumes) * itemsize / 4 + calls
@@ -123,10 +124,11 @@ def work_of(
     layout: Layout,
     axes: Sequence[Axis] | None,
     itemsize: int,
+    device: str = "cpu",
 ) -> Work:
     """Count what a method does, see there for the formulas."""
     if method == "unfold" or axes is None:
-        return _unfold(shape, layout, itemsize)
+        return _unfold(shape, layout, itemsize, device)
     total = _assembly(shape, layout, axes)
     for parts in product(Part, repeat=len(axes)):
         work = _autocorrelation(method, parts, shape, layout.groups, axes, itemsize)
@@ -136,11 +138,11 @@ def work_of(
     return total
 
 
-def _unfold(shape: Sequence[int], layout: Layout, itemsize: int) -> Work:
+def _unfold(shape: Sequence[int], layout: Layout, itemsize: int, device: str) -> Work:
     rows = shape[1] // layout.groups * prod(layout.kernel)
     patches = layout.groups * shape[0] * layout.positions
     bands = len(row_bands(rows))
-    chunks = -(-patches * rows * itemsize // CHUNK_BYTES)
+    chunks = -(-patches * rows * itemsize // chunk_bytes(device))
     products = patches * rows * max(rows, 4 * _LEAST_CHANNELS) * (1 + 1 / bands) / 2
     numbers = 1.5 * patches * rows + layout.groups * rows**2
     return Work(products=products, numbers=numbers, calls=10 + chunks * (3 + bands))

@@ -61,7 +61,8 @@ def patch_covariance(
 
     Cost: at most ``groups·N·T·d²`` multiply-adds for ``T`` output positions; overlapping patches of
     stride 1 take about ``N·|spatial|·C²/groups`` without being made, see
-    :func:`kfac.covariance.cost.choose`. Extra memory of the order of input and result, and 32 MiB.
+    :func:`kfac.covariance.cost.choose`. Extra memory of the order of input and result, and 32 MiB
+    (128 MiB on CUDA).
     Rounding is relative to the sum of the squares of ``x``. On CUDA the precision of products is
     that of torch's settings for matrix products and, where the weight gradient of a convolution is
     used, for convolutions, which may round float32 to TF32.

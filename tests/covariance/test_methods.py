@@ -10,6 +10,7 @@ from hypothesis import assume, given, settings
 from mutants import Replacement, replace
 from test_patches import oracle, problems, random
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kfac.covariance import autocorrelation as kernels
@@ -185,6 +186,31 @@ def test_gradients_reach_the_input() -> None:
     assert large.grad is not None
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradients_do_not_depend_on_the_mode_of_the_first_call(method: Method) -> None:
+    x = random(2, 2, 7, 11)
+    with torch.inference_mode():
+        first = by(method, x, 5, padding=2)
+    assert not axes.selection(Axis(7, 1, 1, 2, 7, 5, 0), x.dtype, x.device).is_inference()
+    assert torch.equal(first, by(method, x, 5, padding=2))
+    x.requires_grad_()
+    patch_covariance(x, 5, padding=2).sum().backward()
+
+
+def test_modes_that_intercept_operations_leave_nothing_behind() -> None:
+    with FakeTensorMode():
+        by("fourier", torch.empty(2, 2, 5, 13, dtype=torch.float64), 3, padding=1)
+    assert_exact("fourier", random(2, 2, 5, 13), 3, padding=1)
+
+
+def test_constants_are_made_once() -> None:
+    device = torch.device("cpu")
+    axis = Axis(9, 1, 1, 1, 9, 3, 0)
+    assert axes.selection(axis, torch.float64, device) is axes.selection(
+        axis, torch.float64, device
+    )
+
+
 def chosen(shape: tuple[int, ...], kernel: Any, device: str = "cpu", **geometry: Any) -> Method:
     layout = layout_of("", shape[2:], kernel, **geometry)
     return choose(shape, layout, axes_of(shape[2:], layout), device, 4)
@@ -268,8 +294,8 @@ def without_order_of_missed_pixels(original: Any, nearest: Tensor, pixels: Tenso
     return (steps[:, None, :, None] == steps[None, :, None, :]).flatten(2)
 
 
-def frequencies_counted_once(original: Any, x: Tensor, lengths: Any, *arguments: Any) -> Tensor:
-    weights = original(x, lengths, *arguments)
+def frequencies_counted_once(original: Any, lengths: Any, *arguments: Any) -> Tensor:
+    weights = original(lengths, *arguments)
     frequencies = torch.arange(lengths[-1] // 2 + 1)
     alone = (frequencies == 0) | (2 * frequencies == lengths[-1])
     share = torch.where(alone, 1.0, 0.5).repeat_interleave(weights.shape[1] // len(alone))
@@ -322,6 +348,7 @@ def test_cases_catch(
     method: Method,
 ) -> None:
     test_cases(case, method)
+    monkeypatch.setattr(correlated, "selection", axes.selection.__wrapped__)  # type: ignore[attr-defined]
     replace(owner, function, mutant)(monkeypatch)
     with pytest.raises(AssertionError):
         test_cases(case, method)

@@ -243,7 +243,7 @@ def test_memory_layouts(layout: str, groups: int, kernel: int) -> None:
 def test_pieces_of_any_size_add_up(
     monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(unfold, "CHUNK_BYTES", limit)
+    monkeypatch.setitem(unfold.CHUNK_BYTES, "cpu", limit)
     geometry = {"padding": 1, "dilation": (2, *[1] * (len(shape) - 1))[::-1]}
     x = random(5, 2, *shape)
     expected = oracle(x, 3, **geometry)
@@ -267,7 +267,7 @@ class LargestClone(TorchDispatchMode):
 def test_materialised_patches_stay_bounded(
     monkeypatch: pytest.MonkeyPatch, limit: int, shape: tuple[int, ...]
 ) -> None:
-    monkeypatch.setattr(unfold, "CHUNK_BYTES", limit)
+    monkeypatch.setitem(unfold.CHUNK_BYTES, "cpu", limit)
     with LargestClone() as largest:
         unfold.unfolded_covariance(windows_of("", random(4, 8, *shape), 3, padding=1))
     assert limit / 2 < largest.bytes <= limit

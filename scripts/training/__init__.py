@@ -1,0 +1,1 @@
+"""The parts of `benchmark_training.py`: tasks, contenders, runs, results and the report."""

@@ -3,19 +3,20 @@
 import warnings
 from collections.abc import Mapping, Sequence, Set
 from itertools import accumulate
+from math import prod
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kfac import checkpoint
+from kfac.directions import Directions, Stack
 from kfac.distributed.communication import Ranks
 from kfac.example_gradients import Basis
 from kfac.factors import Bucket, as_kind, fill_buckets, nearest_kronecker
 from kfac.inverse import Ekfac, Inverse, merge
 from kfac.kronecker import Eigendecomposition, Factors
-from kfac.layers import Layer, Piece
+from kfac.layers import Layer
 
 
 class Curvature:
@@ -24,11 +25,16 @@ class Curvature:
     Args:
         layers: The layers under K-FAC.
         inverse: The strategy.
+        refresh_tolerance: Staleness of an inverse up to which a refresh that is due is skipped; see
+            :meth:`kfac.inverse.Inverse.staleness`. None to skip none.
     """
 
-    def __init__(self, layers: Sequence[Layer], inverse: Inverse) -> None:
+    def __init__(
+        self, layers: Sequence[Layer], inverse: Inverse, refresh_tolerance: float | None = None
+    ) -> None:
         self.layers = {layer.name: layer for layer in layers if layer.primary is layer}
         self.inverse = inverse
+        self.refresh_tolerance = refresh_tolerance
         self.buckets = _buckets_of(list(self.layers.values()), inverse.has_second_moments)
         # Factors of layers that use a block's weight transposed, by the block's name.
         self._transposed: dict[str, list[str]] = {}
@@ -44,7 +50,9 @@ class Curvature:
             }
             for b in self.buckets
         ]
-        self.counters = {"factor_updates": 0, "inverse_refreshes": 0, "failed_refreshes": 0}
+        self.counters = dict.fromkeys(
+            ("factor_updates", "inverse_refreshes", "skipped_refreshes", "failed_refreshes"), 0
+        )
         self.ready = dict.fromkeys(self.layers, False)
         self._seen = dict.fromkeys(self.layers, False)
         self._warned: set[str] = set()
@@ -58,6 +66,7 @@ class Curvature:
         # Damping that each inverse was made with from the present factors, so that nothing is
         # inverted twice; None where it makes no difference.
         self._made_from: dict[str, float | None] = {}
+        self._vectors: dict[int, tuple[tuple[float, ...], Tensor]] = {}
         self._starts = _starts(list(self.layers.values()))
 
     @property
@@ -149,19 +158,55 @@ class Curvature:
                 factors have taken in this step's statistics by then.
         """
         exhausted = []
+        probed = self.refresh_tolerance is not None  # and then every layer that is due is counted
         for index, bucket in enumerate(self.buckets):
             sources = [None if self.inverse.damping_is_live else damping[n] for n in bucket.names]
             wanted = [
                 i
                 for i, (name, source) in enumerate(zip(bucket.names, sources, strict=True))
-                if (name in due and self._made_from.get(name, ()) != source)
+                if (name in due and (probed or self._made_from.get(name, ()) != source))
                 or (self._seen[name] and not self.ready[name])
             ]
+            wanted = self._stale(index, wanted, damping)
             if wanted:
                 exhausted += self._refresh_members(index, wanted, damping)
                 self._made_from |= {bucket.names[i]: sources[i] for i in wanted}
         if exhausted:
             raise self._failure(exhausted[0], damping[exhausted[0]])
+
+    def _stale(self, index: int, members: Sequence[int], damping: Mapping[str, float]) -> list[int]:
+        """Those of some layers of a bucket that have no inverse, or one that is too wrong."""
+        names = [self.buckets[index].names[i] for i in members]
+        if self.refresh_tolerance is None or not any(self.ready[name] for name in names):
+            return list(members)
+        factors, _, state = self._members(index, members)
+        staleness = self.inverse.staleness(
+            self.buckets[index].shape,
+            factors,
+            self._vector([damping[n] for n in names], index),
+            state,
+        )
+        # What is not a number is too wrong.
+        fresh = (staleness <= self.refresh_tolerance).tolist()
+        stale = [
+            i
+            for i, name, is_fresh in zip(members, names, fresh, strict=True)
+            if not (is_fresh and self.ready[name])
+        ]
+        self.counters["skipped_refreshes"] += len(members) - len(stale)
+        return stale
+
+    def _members(
+        self, index: int, members: Sequence[int]
+    ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
+        """Factors, weights and inverse state of some layers of a bucket."""
+        bucket = self.buckets[index]
+        self._move(index, bucket.device)
+        factors, weight = self._merged(bucket)
+        if len(members) < len(bucket.names):
+            factors = {key: factor[members] for key, factor in factors.items()}
+            weight = weight[members]
+        return factors, weight, {key: t[members] for key, t in self.states[index].items()}
 
     def _refresh_members(
         self, index: int, members: Sequence[int], damping: Mapping[str, float]
@@ -172,15 +217,10 @@ class Curvature:
             The layers that have failed too often.
         """
         bucket = self.buckets[index]
-        self._move(index, bucket.device)
-        factors, weight = self._merged(bucket)
+        factors, weight, previous = self._members(index, members)
         names = [bucket.names[i] for i in members]
-        if len(members) < len(bucket.names):
-            factors = {key: factor[members] for key, factor in factors.items()}
-            weight = weight[members]
-        previous = {key: tensor[members] for key, tensor in self.states[index].items()}
         new, failed = self.inverse.refresh(
-            factors, self._vector([damping[n] for n in names], index), previous
+            bucket.shape, factors, self._vector([damping[n] for n in names], index), previous
         )
         kept = failed | (weight == 0)
         if isinstance(self.inverse, Ekfac):
@@ -236,10 +276,9 @@ class Curvature:
             pairs = [(a.clone(), g.clone())]
             for other in self._transposed[name]:
                 side, j = self._slots[other]
-                extra = a.shape[-1] - side.factors["G"].shape[-1]  # the bias, which is not shared
-                on_inputs = as_kind(side.factors["G"][j], a)
-                margins = (0, extra) * (a.dim() - 1)
-                pairs.append((F.pad(on_inputs, margins), as_kind(side.factors["A"][j], g)))
+                # A bias is not shared, so its row stays zero.
+                on_inputs, on_outputs = side.factors["G"][j], side.factors["A"][j]
+                pairs.append((as_kind(on_inputs, a), as_kind(on_outputs, g)))
                 weight[i] += side.weight[j]
             merged_a, merged_g = nearest_kronecker(pairs)
             a.copy_(merged_a)
@@ -262,21 +301,24 @@ class Curvature:
             self.states[index][key] = tensor.to(device)
 
     def _vector(self, values: Sequence[float], index: int) -> Tensor:
+        """Numbers as a tensor beside a bucket, which is the one of the last call if they are."""
         bucket = self.buckets[index]
-        return torch.tensor(values, dtype=bucket.dtype).to(bucket.device, non_blocking=True)
+        known, vector = self._vectors.get(index, ((), None))
+        if vector is None or known != tuple(values) or vector.device != bucket.device:
+            vector = torch.tensor(values, dtype=bucket.dtype).to(bucket.device, non_blocking=True)
+            self._vectors[index] = tuple(values), vector
+        return vector
 
     def precondition(
         self, gradients: Mapping[nn.Parameter, Tensor], damping: Mapping[str, float]
-    ) -> dict[nn.Parameter, Tensor]:
-        """Return (F + λI)⁻¹ g for every parameter whose layer has an inverse and a gradient.
-
-        In the dtype of the factors, in which it may be larger than the parameter's dtype holds.
+    ) -> Directions:
+        """Compute (F + λI)⁻¹ g for every layer that has an inverse and a gradient.
 
         Args:
             gradients: Gradients of the mean loss.
             damping: λ by layer name.
         """
-        directions: dict[nn.Parameter, Tensor] = {}
+        stacks = []
         for index, bucket in enumerate(self.buckets):
             members = [i for i, name in enumerate(bucket.names) if self._usable(name, gradients)]
             if not members:
@@ -289,12 +331,9 @@ class Curvature:
             matrices = [layer.gradient_matrix(gradients).to(bucket.dtype) for layer in layers]
             stacked = torch.stack(matrices) if len(matrices) > 1 else matrices[0].unsqueeze(0)
             amounts = self._vector([damping[layer.name] for layer in layers], index)
-            result = self.inverse.precondition(state, stacked, amounts)
-            for layer, matrix in zip(layers, result, strict=True):
-                for piece, part in zip(layer.pieces, layer.unmatrix(matrix), strict=True):
-                    if piece.parameter in gradients:
-                        _place(directions, piece, part, gradients[piece.parameter])
-        return directions
+            direction = self.inverse.precondition(state, stacked, amounts)
+            stacks.append(Stack(layers, stacked, direction))
+        return Directions(stacks, gradients)
 
     def _usable(self, name: str, gradients: Mapping[nn.Parameter, Tensor]) -> bool:
         if self.layers[name].weight.parameter not in gradients:
@@ -383,7 +422,8 @@ class Curvature:
         """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
         self.discard()
         self._load_layers(saved["layers"])
-        self.counters = dict(saved["counters"])
+        # Older states do not have all of them.
+        self.counters = dict.fromkeys(self.counters, 0) | saved["counters"]
 
     def _load_layers(self, layers: Mapping[str, Any]) -> None:
         ready = checkpoint.load_layers(layers, self._all_buckets, self._all_states)
@@ -397,7 +437,7 @@ class Curvature:
 def _starts(layers: Sequence[Layer]) -> dict[str, float]:
     """For each layer, the share of all inversions' cost that the layers before it have."""
     costs = [
-        sum(s[0] * s[-1] ** (3 if len(s) == 3 else 1) for s in layer.shape.factor_shapes().values())
+        sum(prod(s) * (s[-1] if len(s) > 2 else 1) for s in layer.shape.factor_shapes().values())
         for layer in layers
     ]
     before = accumulate([0, *costs])
@@ -412,15 +452,3 @@ def _buckets_of(layers: Sequence[Layer], with_second_moments: bool = False) -> l
         [layer.weight.parameter.device for layer in layers],
         with_second_moments=with_second_moments,
     )
-
-
-def _place(
-    directions: dict[nn.Parameter, Tensor], piece: Piece, part: Tensor, gradient: Tensor
-) -> None:
-    """Set a piece's part of a parameter's direction; the other parts start as the gradient."""
-    if piece.rows is None:
-        directions[piece.parameter] = part
-        return
-    if piece.parameter not in directions:
-        directions[piece.parameter] = gradient.to(part.dtype, copy=True)
-    piece.of(directions[piece.parameter]).copy_(part)

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kfac.products import multiply
+
 # Per-example gradients are formed in pieces of at most this many elements.
 _CHUNK_ELEMENTS = 2**23
 
@@ -13,8 +15,9 @@ class Basis(NamedTuple):
     """A joint basis Q_A ⊗ Q_G per group; None stands for the unit vectors.
 
     Attributes:
-        a: ``[groups, d_in, d_in]``, basis vectors as columns.
-        g: ``[groups, d_out, d_out]``, likewise.
+        a: ``[groups, d_in, d_in]``, basis vectors as columns; or blocks on the diagonal, as in
+            :class:`kfac.factors.BlockShape`.
+        g: Likewise, of ``d_out`` rows.
     """
 
     a: Tensor | None
@@ -54,8 +57,7 @@ def squared_gradients(inputs: Tensor, gradients: Tensor, basis: Basis) -> Tensor
 def by_rotated_rows(inputs: Tensor, gradients: Tensor, basis: Basis) -> Tensor:
     """As :func:`squared_gradients`, rotating every row: cheap for few positions."""
     a, g = inputs.transpose(1, 2), gradients.transpose(1, 2)
-    a = a if basis.a is None else a @ basis.a
-    g = g if basis.g is None else g @ basis.g
+    a, g = _rotated(a, basis.a), _rotated(g, basis.g)
     if inputs.shape[1] == 1:
         # The square of an outer product is the outer product of the squares.
         a, g = (rows.squeeze(2).transpose(0, 1).square() for rows in (a, g))
@@ -75,8 +77,16 @@ def _sum_of_squares(a: Tensor, g: Tensor, basis: Basis) -> Tensor:
     examples = max(1, _CHUNK_ELEMENTS // total.numel())
     parts = zip(torch.split(a, examples), torch.split(g, examples), strict=True)
     for some_a, some_g in parts:
-        matrices = some_g.mT @ some_a
-        matrices = matrices if basis.a is None else matrices @ basis.a
-        matrices = matrices if basis.g is None else basis.g.mT @ matrices
+        matrices = _rotated(some_g.mT @ some_a, basis.a)
+        matrices = _rotated(matrices.mT, basis.g).mT
         total += matrices.square_().sum(0)
     return total
+
+
+def _rotated(rows: Tensor, vectors: Tensor | None) -> Tensor:
+    """Rows ``[n, groups, t, d]`` times basis vectors."""
+    if vectors is None or vectors.dim() == 3:
+        return rows if vectors is None else rows @ vectors
+    together = rows.transpose(0, 1).flatten(1, 2).unsqueeze(0)
+    rotated = multiply(None, together, vectors.unsqueeze(0)).squeeze(0)
+    return torch.unflatten(rotated, 1, (len(rows), -1)).transpose(0, 1)

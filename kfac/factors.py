@@ -1,21 +1,32 @@
 """Running averages of the Kronecker factors A and G, stacked over layers of equal shape."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-FactorKind = Literal["dense", "diagonal", "identity"]
+FactorKind = Literal["dense", "block-diagonal", "diagonal", "identity"]
 
 
 @dataclass(frozen=True)
 class BlockShape:
     """Shapes of one layer's block A ⊗ G, one block per group.
 
-    A is ``[groups, d_in, d_in]`` and G ``[groups, d_out, d_out]``; ``"diagonal"`` drops the last
-    dimension and ``"identity"`` keeps no tensor at all. The gradient is ``[groups, d_out, d_in]``.
+    A is ``[groups, d_in, d_in]`` and G ``[groups, d_out, d_out]``. ``"block-diagonal"`` makes it
+    ``[groups, blocks, b, b]`` with the blocks of ``b`` consecutive rows, of which the last is
+    filled up with zeros; ``"diagonal"`` drops the last dimension and ``"identity"`` keeps no tensor
+    at all. The gradient is ``[groups, d_out, d_in]``.
+
+    Attributes:
+        groups: Number of blocks of the layer's curvature.
+        d_in: Inputs per group.
+        d_out: Outputs per group.
+        a_kind: What is kept of A.
+        g_kind: What is kept of G.
+        a_block: Rows of a block of a block-diagonal A, else 0.
+        g_block: Rows of a block of a block-diagonal G, else 0.
     """
 
     groups: int
@@ -23,15 +34,25 @@ class BlockShape:
     d_out: int
     a_kind: FactorKind = "dense"
     g_kind: FactorKind = "dense"
+    a_block: int = 0
+    g_block: int = 0
+
+    def sizes(self) -> dict[str, int]:
+        """Number of rows of each factor that is kept, by name ("A", "G")."""
+        factors = {"A": (self.a_kind, self.d_in), "G": (self.g_kind, self.d_out)}
+        return {name: d for name, (kind, d) in factors.items() if kind != "identity"}
 
     def factor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Shapes of the factors that are kept, by name ("A", "G")."""
-        factors = {"A": (self.a_kind, self.d_in), "G": (self.g_kind, self.d_out)}
-        return {
-            name: (self.groups, d, d) if kind == "dense" else (self.groups, d)
-            for name, (kind, d) in factors.items()
-            if kind != "identity"
-        }
+        shapes = {}
+        kinds = {"A": (self.a_kind, self.a_block), "G": (self.g_kind, self.g_block)}
+        for name, d in self.sizes().items():
+            kind, block = kinds[name]
+            shapes[name] = {
+                "dense": (self.groups, d, d),
+                "block-diagonal": (self.groups, -(-d // max(block, 1)), block, block),
+            }.get(kind, (self.groups, d))
+        return shapes
 
 
 @dataclass
@@ -178,7 +199,7 @@ def _like(vector: Tensor, target: Tensor) -> Tensor:
 
 def _probed(name: str, factor: Tensor) -> Tensor:
     """Elements that are not finite if any of a pending sum is."""
-    is_matrix = name != "S" and factor.dim() == 4
+    is_matrix = name != "S" and factor.dim() >= 4
     return factor.diagonal(dim1=-2, dim2=-1) if is_matrix else factor
 
 
@@ -230,12 +251,53 @@ def nearest_kronecker(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, T
 
 
 def as_kind(factor: Tensor, like: Tensor) -> Tensor:
-    """A factor as a matrix or as its diagonal, whichever ``like`` is."""
-    if factor.dim() == like.dim():
-        return factor
-    if factor.dim() > like.dim():
-        return factor.diagonal(dim1=-2, dim2=-1)
-    return factor.diag_embed()
+    """What a factor that is kept like another one holds of this one; zero in rows beyond its own.
+
+    Args:
+        factor: ``[groups, d, d]``, ``[groups, d]`` or ``[groups, blocks, b, b]``.
+        like: Likewise; shape, dtype and device of the result.
+    """
+    result = torch.zeros_like(like)
+    if like.dim() == 2:
+        diagonal = factor if factor.dim() == 2 else factor.diagonal(dim1=-2, dim2=-1).flatten(1)
+        rows = min(diagonal.shape[1], like.shape[1])
+        result[:, :rows] = diagonal[:, :rows]
+        return result
+    if factor.dim() == 2:
+        factor = factor.diag_embed()
+    for start, target in _blocks(result):
+        for other_start, source in _blocks(factor):
+            first = max(start, other_start)
+            last = min(start + target.shape[-1], other_start + source.shape[-1])
+            if first < last:
+                here, there = (slice(first - s, last - s) for s in (start, other_start))
+                target[:, here, here] = source[:, there, there]
+    return result
+
+
+def whole_blocks(factor: Tensor, rows: int) -> list[Tensor]:
+    """The blocks of a factor without what the last one is filled up with.
+
+    Args:
+        factor: ``[..., groups, d, d]``, which is one block, or ``[..., groups, blocks, b, b]``.
+        rows: Number of rows of the factor.
+
+    Returns:
+        Views ``[..., groups, n, r, r]``: all blocks, or those before the last and the last.
+    """
+    if factor.shape[-1] == rows:
+        return [factor.unsqueeze(-3)]
+    size = factor.shape[-1]
+    whole, rest = divmod(rows, size)
+    parts = [factor[..., :whole, :, :], factor[..., whole:, :rest, :rest]]
+    return [part for part in parts if part.numel()]
+
+
+def _blocks(factor: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """First row and view ``[groups, b, b]`` of each block."""
+    blocks = factor.unsqueeze(1) if factor.dim() == 3 else factor
+    for index, block in enumerate(blocks.unbind(1)):
+        yield index * block.shape[-1], block
 
 
 # Squarings of a matrix after which its powers have converged to the leading eigenvector, or the

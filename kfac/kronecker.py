@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kfac.arguments import NON_NEGATIVE, argument_error, check
-from kfac.factors import BlockShape
+from kfac.damping import trace
+from kfac.factors import BlockShape, whole_blocks
 from kfac.layers import Layer
+from kfac.products import multiply
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +61,17 @@ class Factors:
     """F = A ⊗ G, one block per group.
 
     Attributes:
-        a: A ``[groups, d_in, d_in]``, or its diagonal ``[groups, d_in]``.
-        g: G ``[groups, d_out, d_out]``, or its diagonal ``[groups, d_out]``.
+        a: A ``[groups, d_in, d_in]``, its diagonal ``[groups, d_in]``, or blocks on its diagonal
+            ``[groups, blocks, b, b]``, see :class:`kfac.factors.BlockShape`.
+        g: G, likewise, of ``d_out`` rows.
+        d_in: Number of rows of A.
+        d_out: Number of rows of G.
     """
 
     a: Tensor
     g: Tensor
+    d_in: int
+    d_out: int
 
     @classmethod
     def of(cls, shape: BlockShape, a: Tensor | None, g: Tensor | None) -> "Factors":
@@ -74,6 +81,8 @@ class Factors:
         return cls(
             like.new_ones(shape.groups, shape.d_in) if a is None else a,
             like.new_ones(shape.groups, shape.d_out) if g is None else g,
+            shape.d_in,
+            shape.d_out,
         )
 
     @property
@@ -83,8 +92,8 @@ class Factors:
 
     def decomposed(self) -> Eigendecomposition:
         """Decompose both factors."""
-        on_inputs, q_a = _eigendecomposed(self.a)
-        on_outputs, q_g = _eigendecomposed(self.g)
+        on_inputs, q_a = _eigendecomposed(self.a, self.d_in)
+        on_outputs, q_g = _eigendecomposed(self.g, self.d_out)
         return Eigendecomposition(q_a, q_g, on_outputs.unsqueeze(-1) * on_inputs.unsqueeze(-2))
 
     def product(self, matrices: Tensor) -> Tensor:
@@ -93,7 +102,7 @@ class Factors:
 
     def trace(self) -> Tensor:
         """Sum over groups of tr A · tr G."""
-        return (_diagonal(self.a).sum(-1) * _diagonal(self.g).sum(-1)).sum()
+        return (trace(self.a.unsqueeze(0)) * trace(self.g.unsqueeze(0))).sum()
 
 
 class KroneckerBlock:
@@ -367,30 +376,26 @@ def _total(values: Sequence[Tensor]) -> Tensor:
 
 
 def _multiply(left: Tensor | None, matrices: Tensor, right: Tensor | None) -> Tensor:
-    """left · V · right for each V in ``[groups, d_out, d_in, k]``.
-
-    None is an identity, and a factor ``[groups, d]`` a diagonal.
-    """
-    if left is not None:
-        rule = "gpo,goik->gpik" if left.dim() == 3 else "go,goik->goik"
-        matrices = torch.einsum(rule, left, matrices)
-    if right is not None:
-        rule = "goik,gij->gojk" if right.dim() == 3 else "goik,gi->goik"
-        matrices = torch.einsum(rule, matrices, right)
-    return matrices
+    """left · V · right for each V in ``[groups, d_out, d_in, k]``."""
+    stacked = matrices.movedim(-1, 0)
+    left, right = (
+        None if side is None else side.expand(len(stacked), *side.shape) for side in (left, right)
+    )
+    return multiply(left, stacked, right).movedim(0, -1)
 
 
-def _diagonal(factor: Tensor) -> Tensor:
-    return factor.diagonal(dim1=-2, dim2=-1) if factor.dim() == 3 else factor
-
-
-def _eigendecomposed(factor: Tensor) -> tuple[Tensor, Tensor | None]:
+def _eigendecomposed(factor: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
     """Eigenvalues ``[groups, d]`` and eigenvectors; eigenvalues that are rounding errors are 0.
 
     They are those below d·ε times the largest, as for the rank of a matrix. A diagonal has none.
     """
     if factor.dim() == 2:
         return factor, None
-    values, vectors = torch.linalg.eigh((factor + factor.mT) / 2)
-    error = values.shape[-1] * torch.finfo(values.dtype).eps * values[:, -1:]
-    return torch.where(values > error, values, 0.0), vectors
+    vectors, values = torch.zeros_like(factor), []
+    for blocks, target in zip(whole_blocks(factor, rows), whole_blocks(vectors, rows), strict=True):
+        some, columns = torch.linalg.eigh((blocks + blocks.mT) / 2)
+        target.copy_(columns)
+        values.append(some.flatten(1))
+    joined = torch.cat(values, 1)
+    error = factor.shape[-1] * torch.finfo(joined.dtype).eps * joined.amax(1, keepdim=True)
+    return torch.where(joined > error, joined, 0.0), vectors

@@ -19,6 +19,7 @@ from kfac.arguments import (
     check,
 )
 from kfac.capture import OutputSelector, PositionMask
+from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.inverse import Inverse, InverseName
@@ -27,7 +28,7 @@ from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled
 from kfac.summary import Summary
-from kfac.update import all_finite, descend, kl_clip_scale
+from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
 _LR = Constraint(
     "a finite number >= 0 or a tensor with one such element",
@@ -115,11 +116,12 @@ class KFAC(torch.optim.Optimizer):
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
         stagger_refreshes: bool = True,
+        refresh_tolerance: float | None = None,
         kl_clip: float | None = 1e-3,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
         fallback: FallbackName | OptimizerFactory = "sgd",
-        max_factor_dim: int = 8192,
+        max_factor_dim: int = 1024,
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -155,6 +157,7 @@ class KFAC(torch.optim.Optimizer):
             factor_update_period=factor_update_period,
             inverse_update_period=inverse_update_period,
             stagger_refreshes=stagger_refreshes,
+            refresh_tolerance=refresh_tolerance,
             grad_scaler=grad_scaler,
             skip=skip,
             max_factor_dim=max_factor_dim,
@@ -262,15 +265,30 @@ class KFAC(torch.optim.Optimizer):
         plan = engine.plan()
         damping = self._damping_by_layer()
         gradients = engine.mean_gradients(gradient_scale)
-        finite = all_finite(list(gradients.values()))
-        engine.update_factors(finite, scale_seen)
+        # Where nothing is folded in, it is enough to look at what becomes of the gradients.
+        accept = all_finite(list(gradients.values()) if engine.capture.active else [])
+        accept = accept.to(engine.params[0].device)
+        engine.update_factors(accept, scale_seen)
         engine.blocks.refresh(damping, plan.refresh)
         directions = engine.blocks.precondition(gradients, damping)
-        directions = self._clipped(directions, gradients)
-        accept = finite & all_finite(list(directions.values()))
+        accept = accept & self._clip(directions, gradients).to(accept)
+        for stack in directions.stacks:
+            stack.direction.masked_fill_(~accept.to(stack.direction.device), 0.0)
+        by_parameter = directions.by_parameter()
         # The update overwrites what it is given, and gradients are the user's.
-        rest = {p: g.clone() for p, g in gradients.items() if p not in directions}
-        self._descend(rest | directions, accept)
+        steps = {
+            p: by_parameter[p].to(p.dtype) if p in by_parameter else g.clone()
+            for p, g in gradients.items()
+        }
+        unchecked = [
+            step
+            for p, step in steps.items()
+            if p not in directions.whole or by_parameter[p].dtype != p.dtype
+        ]
+        accept = accept & all_finite(unchecked).to(accept)
+        for step in unchecked:
+            step.masked_fill_(~accept.to(step.device), 0.0)
+        self._descend(steps, accept)
         self._step_fallback(gradients, accept)
         engine.advance(plan, accept)
 
@@ -306,24 +324,34 @@ class KFAC(torch.optim.Optimizer):
             layer.name: by_parameter[id(layer.weight.parameter)] for layer in self._engine.layers
         }
 
-    def _clipped(
-        self, directions: Mapping[nn.Parameter, Tensor], gradients: Mapping[nn.Parameter, Tensor]
-    ) -> dict[nn.Parameter, Tensor]:
-        """The preconditioned gradients scaled into the trust region, in the parameters' dtype."""
-        if self.kl_clip is not None and directions:
-            lrs = {id(p): group["lr"] for group in self.param_groups for p in group["params"]}
-            self._kl_clip_scale = kl_clip_scale(
-                list(directions.values()),
-                [gradients[p] for p in directions],
-                [lrs[id(p)] for p in directions],
-                self.kl_clip,
+    def _clip(self, directions: Directions, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Scale the preconditioned gradients into the trust region.
+
+        Returns:
+            Whether they and their gradients are finite, a boolean scalar.
+        """
+        stacks = directions.stacks
+        if self.kl_clip is None or not stacks:
+            return all_finite([t for stack in stacks for t in (stack.direction, stack.gradient)])
+        lrs = {p: group["lr"] for group in self.param_groups for p in group["params"]}
+        rates = [lrs[p] for p in directions.parameters]
+        if len({id(lr) if isinstance(lr, Tensor) else lr for lr in rates}) == 1:
+            change = predicted_change(
+                [stack.direction for stack in stacks],
+                [stack.gradient for stack in stacks],
+                rates[: len(stacks)],
             )
-            by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
-            for direction in directions.values():
-                by_kind[direction.dtype, direction.device].append(direction)
-            for members in by_kind.values():
-                torch._foreach_mul_(members, self._kl_clip_scale.to(members[0]))
-        return {p: d.to(p.dtype) for p, d in directions.items()}
+        else:
+            by_parameter = directions.by_parameter()
+            change = predicted_change(
+                list(by_parameter.values()),
+                [gradients[p] for p in by_parameter],
+                [lrs[p] for p in by_parameter],
+            )
+        self._kl_clip_scale = kl_clip_scale(change, self.kl_clip)
+        for stack in stacks:
+            stack.direction.mul_(self._kl_clip_scale.to(stack.direction))
+        return change.isfinite()
 
     def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
         elsewhere = self._fallback_ids if self._fallback is not None else set()

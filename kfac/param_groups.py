@@ -42,7 +42,7 @@ def find_layers(
         owner: Class name for error messages.
         skip: Names, globs or types of modules to leave to the fallback.
         weight_sharing: A setting, or a function of name and module that returns one.
-        max_factor_dim: A factor larger than this keeps only its diagonal.
+        max_factor_dim: See :func:`kfac.layers.base.factor_kind`.
         identity_g: Keep no G.
 
     Returns:

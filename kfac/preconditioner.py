@@ -57,6 +57,7 @@ _GRAD_SCALER = Constraint(
     "a torch.amp.GradScaler or None",
     lambda v: v is None or (hasattr(v, "get_scale") and hasattr(v, "is_enabled")),
 )
+_TOLERANCE = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
 
 
 class StepPlan(NamedTuple):
@@ -112,10 +113,14 @@ class Preconditioner:
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
         stagger_refreshes: Spread the layers' refreshes over the period, so that no step has to wait
             for all of them.
+        refresh_tolerance: Skip a refresh that is due where the inverse is off by no more than this,
+            ‖M X V − V‖ ≤ tolerance·‖V‖ for each damped factor M of now, its last inverse X and some
+            random directions V. None to skip none. See :meth:`kfac.inverse.Inverse.staleness`.
         grad_scaler: The ``GradScaler`` in use, needed where ``unscale_`` is called before
             ``step()`` and the Fisher is empirical.
         skip: Names, globs or types of modules to leave out.
-        max_factor_dim: A factor larger than this keeps only its diagonal.
+        max_factor_dim: A factor larger than this keeps up to 32 equal blocks on its diagonal, none
+            larger than this; one that would need more keeps its diagonal only.
         seed: Seeds the generator of the sampled labels.
         owner: Class name in error messages.
 
@@ -151,9 +156,10 @@ class Preconditioner:
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
         stagger_refreshes: bool = True,
+        refresh_tolerance: float | None = None,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
-        max_factor_dim: int = 8192,
+        max_factor_dim: int = 1024,
         seed: int = 0,
         owner: str = "Preconditioner",
     ) -> None:
@@ -168,6 +174,7 @@ class Preconditioner:
             ("position_mask", position_mask, POSITION_MASK, ""),
             ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
             ("stagger_refreshes", stagger_refreshes, BOOLEAN, ""),
+            ("refresh_tolerance", refresh_tolerance, _TOLERANCE, ""),
             ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
             ("skip", skip, SKIP, "A single entry still goes into a tuple."),
             ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, ""),
@@ -183,6 +190,7 @@ class Preconditioner:
         )
         self.factor_decay = factor_decay
         self.stagger_refreshes = stagger_refreshes
+        self.refresh_tolerance = refresh_tolerance
         self.grad_scaler = grad_scaler
         self.inverse = resolve(inverse, STRATEGIES, owner)
         self.likelihood = (
@@ -191,7 +199,7 @@ class Preconditioner:
         self.fisher = checked_fisher(owner, fisher, criterion)
         if self.inverse.has_second_moments and self.fisher == "forward-only":
             raise argument_error(
-                owner, "inverse", "'cholesky' or 'eigen' with fisher='forward-only'",
+                owner, "inverse", f"{_without_second_moments()} with fisher='forward-only'",
                 self.inverse.name, "There are no output gradients to measure eigenvalues with.",
             )  # fmt: skip
         _refuse_unused(owner, criterion, self.fisher, outputs, loss_terms, num_samples)
@@ -210,7 +218,7 @@ class Preconditioner:
         }
         self.params = self._checked_params(params)
         self.layers, self._reasons = find_layers(model, self.params, **self._finding)
-        self.blocks = Curvature(self.layers, self.inverse)
+        self.blocks = Curvature(self.layers, self.inverse, refresh_tolerance)
         self.steps = 0
         self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
         self._nonfinite = torch.zeros_like(self._dropped)
@@ -263,7 +271,7 @@ class Preconditioner:
         """
         params = self._checked_params(self._given_params if params is None else params)
         layers, reasons = find_layers(self.model, params, **self._finding)
-        blocks = Curvature(layers, self.inverse)
+        blocks = Curvature(layers, self.inverse, self.refresh_tolerance)
         blocks.adopt(self.blocks)
         self.capture.remove()
         self.params, self.layers, self._reasons, self.blocks = params, layers, reasons, blocks
@@ -293,9 +301,8 @@ class Preconditioner:
         damping = dict.fromkeys(self.blocks.layers, self.damping.at(self.steps))
         self.update_factors(finite, scale)
         self.blocks.refresh(damping, plan.refresh)
-        directions = {
-            p: d.to(p.dtype) for p, d in self.blocks.precondition(gradients, damping).items()
-        }
+        exact = self.blocks.precondition(gradients, damping).by_parameter()
+        directions = {p: d.to(p.dtype) for p, d in exact.items()}
         accept = finite & all_finite(list(directions.values()))
         for parameter, gradient in gradients.items():
             assert parameter.grad is not None
@@ -419,7 +426,8 @@ class Preconditioner:
     def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:
         """Copies of a layer's running averages, A ``[groups, d_in, d_in]`` and G likewise.
 
-        A diagonal factor has one dimension fewer, an identity is None.
+        A diagonal factor has one dimension fewer; one of blocks on the diagonal is
+        ``[groups, blocks, b, b]``, zeros filling up the last block; an identity is None.
 
         Raises:
             KeyError: If K-FAC has no layer of this name.
@@ -471,6 +479,9 @@ class Preconditioner:
     def diagnostics(self) -> dict[str, float]:
         """Counts so far; reading them waits for the device.
 
+        "inverse_refreshes" counts refreshes of layers of one shape, "skipped_refreshes" layers that
+        were left out of one for ``refresh_tolerance``, "failed_refreshes" layers that kept their
+        last inverse because the new factors could not be decomposed.
         "dropped_statistics" counts layers' statistics that were not finite or came with a gradient
         that was not; "nonfinite_batches" counts steps with such a gradient or such a preconditioned
         gradient, which changed no parameter.
@@ -523,6 +534,12 @@ class Preconditioner:
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
         due = self._factors_due(self.steps)
         self.capture.schedule(active=due or self.blocks.is_waiting)
+
+
+def _without_second_moments() -> str:
+    """The names of the strategies that need no gradients of single examples."""
+    *others, last = (repr(n) for n, kind in STRATEGIES.items() if not kind.has_second_moments)
+    return f"{', '.join(others)} or {last}"
 
 
 def _refuse_unused(

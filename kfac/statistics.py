@@ -197,7 +197,7 @@ class Statistics:
                     self._square(calls, record.batch_size or 1, basis)
             for name, sums in record.sums.items():
                 if sums.gradients is not None:
-                    moment = row_moment(sums.gradients, sums.layer.shape.g_kind)
+                    moment = row_moment(sums.gradients, sums.layer.shape.factor_shapes()["G"])
                     self.sink(name, "G", moment, 0)
                     sums.gradients = None
 
@@ -210,7 +210,8 @@ class Statistics:
                     positions = sums.positions
                     if isinstance(positions, Tensor):
                         positions = positions.clamp(min=1).to(sums.inputs).view(-1, 1, 1)
-                    moment = row_moment(sums.inputs / positions, sums.layer.shape.a_kind)
+                    shape = sums.layer.shape.factor_shapes()["A"]
+                    moment = row_moment(sums.inputs / positions, shape)
                     self.sink(name, "A", moment, len(sums.inputs))
         self.discard()
 

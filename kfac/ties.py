@@ -66,7 +66,7 @@ def layers_of(
     Args:
         members: The candidates.
         holders: How many modules hold each parameter, by its id.
-        max_factor_dim: A factor larger than this keeps only its diagonal.
+        max_factor_dim: See :func:`kfac.layers.base.factor_kind`.
         identity_g: Keep no G.
 
     Returns:

@@ -10,7 +10,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     """Whether every element of every tensor is finite: a boolean scalar, left on the device."""
     filled = [t for t in tensors if t.numel()]
     if not filled:
-        return torch.tensor(True)
+        return torch.ones((), dtype=torch.bool)
     device = filled[0].device
     if device.type == "cpu":  # where the norm of many tensors is not vectorised
         extremes = [extreme for t in filled for extreme in torch.aminmax(t)]
@@ -19,20 +19,33 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([e.to(device, torch.float32) for e in extremes]).isfinite().all()
 
 
-def kl_clip_scale(
-    directions: Sequence[Tensor],
-    gradients: Sequence[Tensor],
-    lrs: Sequence[float | Tensor],
-    kl_clip: float,
+def predicted_change(
+    directions: Sequence[Tensor], gradients: Sequence[Tensor], lrs: Sequence[float | Tensor]
 ) -> Tensor:
-    """min(1, √(κ / |Σ lr²⟨Δ, g⟩|)): keep the predicted change of the model's distribution below κ.
-
-    lr²⟨Δ, g⟩ is lr²·Δᵀ(F + λI)Δ, about twice the Kullback-Leibler divergence of a step −lr·Δ.
+    """Σ lr²⟨Δ, g⟩ = lr²·Δᵀ(F + λI)Δ, about twice the Kullback-Leibler divergence of a step −lr·Δ.
 
     Args:
         directions: Preconditioned gradients Δ.
         gradients: Gradients g of the mean loss, of the same shapes.
         lrs: Learning rate of each.
+
+    Returns:
+        A scalar tensor; not finite if an element of any Δ or g is not.
+    """
+    device = directions[0].device
+    terms = []
+    for direction, gradient, lr in zip(directions, gradients, lrs, strict=True):
+        precise = torch.promote_types(direction.dtype, torch.float32)
+        inner = torch.dot(direction.to(precise).flatten(), gradient.to(precise).flatten())
+        terms.append((lr * lr * inner).reshape(()).to(device))
+    return torch.stack(terms).sum()
+
+
+def kl_clip_scale(change: Tensor, kl_clip: float) -> Tensor:
+    """min(1, √(κ / |Σ lr²⟨Δ, g⟩|)): keep the predicted change of the model's distribution below κ.
+
+    Args:
+        change: Of :func:`predicted_change`.
         kl_clip: κ.
 
     Returns:
@@ -42,13 +55,7 @@ def kl_clip_scale(
         Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
         approximations", section 5; the sum is over all layers, as there.
     """
-    device = directions[0].device
-    terms = []
-    for direction, gradient, lr in zip(directions, gradients, lrs, strict=True):
-        precise = torch.promote_types(direction.dtype, torch.float32)
-        inner = torch.dot(direction.to(precise).flatten(), gradient.to(precise).flatten())
-        terms.append((lr * lr * inner).reshape(()).to(device))
-    return (kl_clip / torch.stack(terms).sum().abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
+    return (kl_clip / change.abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
 
 
 def descend(
@@ -71,7 +78,7 @@ def descend(
 
     Args:
         parameters: Tensors to update.
-        directions: Δ of each; they serve as work space and are overwritten.
+        directions: Δ of each, finite; they serve as work space and are overwritten.
         buffers: m of each, or None without momentum; zero before the first step.
         lr: Learning rate.
         momentum: Momentum factor.
@@ -87,22 +94,25 @@ def descend(
     """
     parameters, directions = list(parameters), list(directions)
     first = parameters[0]
-    accept = accept.to(first.device)
-    rate = torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
-    rate = torch.where(accept, rate, 0.0)
-    for direction in directions:
-        direction.masked_fill_(~accept, 0.0)
+    share = accept.to(first)
+    rate = share * torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
     if maximize:
         torch._foreach_neg_(directions)
     if weight_decay:
         torch._foreach_mul_(parameters, 1 - rate * weight_decay)
     if buffers is not None:
         buffers = list(buffers)
-        torch._foreach_mul_(buffers, torch.where(accept, torch.full_like(rate, momentum), 1.0))
-        torch._foreach_add_(buffers, directions)
+        torch._foreach_mul_(buffers, torch.where(share > 0, torch.full_like(share, momentum), 1.0))
+        _add(buffers, directions, share)
         if nesterov:
             torch._foreach_add_(directions, buffers, alpha=momentum)
-        else:
-            torch._foreach_copy_(directions, buffers)
-    torch._foreach_mul_(directions, -rate)
-    torch._foreach_add_(parameters, directions)
+    _add(parameters, directions if buffers is None or nesterov else buffers, -rate)
+
+
+def _add(tensors: Sequence[Tensor], others: Sequence[Tensor], factor: Tensor) -> None:
+    """Add a multiple of other tensors, in place, for a factor that is on the device."""
+    if factor.device.type == "cpu":  # where large results in fresh memory take long
+        for tensor, other in zip(tensors, others, strict=True):
+            tensor.addcmul_(other, factor)
+    else:
+        torch._foreach_add_(tensors, torch._foreach_mul(others, factor))  # type: ignore[call-overload]

@@ -65,6 +65,7 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("factor_update_period", value, {}) for value in (0, -1, 1.5, True, None)],
     ("factor_update_period", lambda step: 0, {}),
     *[("stagger_refreshes", value, {}) for value in (1, None, "yes")],
+    *[("refresh_tolerance", value, {}) for value in (0.0, -0.1, NAN, INF, True, "auto")],
     *[("inverse_update_period", value, {}) for value in (0, 2.5, "never")],
     ("inverse_update_period", lambda step: step / 2, {}),
     ("grad_scaler", 1024.0, {}),

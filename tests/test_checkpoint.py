@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac import KFAC, Preconditioner
+from kfac import KFAC, Eigen, Preconditioner
 
 # BatchNorm stands where the examples of a batch may mix.
 pytestmark = pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
@@ -21,9 +21,13 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "forward-only": {"fisher": "forward-only"},
     "newton-schulz": {"fisher": "mc", "inverse": "newton-schulz"},
     "newton-schulz, at every step": {"inverse": "newton-schulz", "inverse_update_period": 1},
+    "warm start": {"inverse": Eigen(warm_start=True)},
+    "warm start, at every step": {"inverse": Eigen(warm_start=True), "inverse_update_period": 1},
+    "some refreshes skipped": {"inverse_update_period": 1, "refresh_tolerance": 0.5},
     "adamw fallback": {"fisher": "mc", "fallback": "adamw"},
     "scheduled": {"damping": lambda step: 0.1 / (step + 1), "factor_update_period": 1},
-    "diagonal": {"max_factor_dim": 10},
+    "blocks": {"max_factor_dim": 10},
+    "diagonal": {"max_factor_dim": 1},
 }
 
 

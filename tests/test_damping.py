@@ -13,8 +13,8 @@ def factor(*diagonal: float) -> Tensor:
 
 def test_pi_is_the_root_of_the_ratio_of_mean_eigenvalues() -> None:
     a, g = factor(1.0, 3.0), factor(0.5, 0.5, 0.5)
-    assert pi_ratio(a, g).item() == pytest.approx((2.0 / 0.5) ** 0.5)
-    on_a, on_g = factored_damping(a, g, torch.tensor([0.01], dtype=torch.float64))
+    assert pi_ratio(a, g, 2, 3).item() == pytest.approx((2.0 / 0.5) ** 0.5)
+    on_a, on_g = factored_damping(a, g, torch.tensor([0.01], dtype=torch.float64), 2, 3)
     assert on_a.item() == pytest.approx(2 * 0.1)
     assert on_g.item() == pytest.approx(0.1 / 2)
 
@@ -22,16 +22,16 @@ def test_pi_is_the_root_of_the_ratio_of_mean_eigenvalues() -> None:
 def test_the_two_parts_multiply_to_the_damping_and_follow_the_scale_of_the_factors() -> None:
     a, g, damping = torch.randn(2, 3, 4, 4), torch.randn(2, 3, 5, 5), torch.tensor([0.1, 2.0])
     a, g = a @ a.mT, g @ g.mT
-    on_a, on_g = factored_damping(a, g, damping)
+    on_a, on_g = factored_damping(a, g, damping, 4, 5)
     torch.testing.assert_close(on_a * on_g, damping.unsqueeze(1).expand(2, 3))
-    scaled_a, scaled_g = factored_damping(100 * a, g / 100, damping)
+    scaled_a, scaled_g = factored_damping(100 * a, g / 100, damping, 4, 5)
     torch.testing.assert_close(scaled_a / 100, on_a)
     torch.testing.assert_close(scaled_g * 100, on_g)
 
 
 @pytest.mark.parametrize(("a", "g"), [(0.0, 1.0), (1.0, 0.0), (0.0, 0.0)])
 def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
-    assert pi_ratio(factor(a, a), factor(g)).item() == 1.0
+    assert pi_ratio(factor(a, a), factor(g), 2, 1).item() == 1.0
 
 
 def test_diagonal_factors_have_the_trace_of_dense_ones() -> None:

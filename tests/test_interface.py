@@ -648,6 +648,7 @@ def test_an_unbatched_image_is_a_batch_of_one() -> None:
     torch.testing.assert_close(optimizer.factor("0")[0], torch.ones(1, 9, 9))
 
 
+@pytest.mark.usefixtures("no_blocks")
 def test_diagonal_factors_are_the_diagonals_of_the_dense_ones() -> None:
     found = {}
     for limit in (1000, 3):
@@ -666,6 +667,7 @@ def test_diagonal_factors_are_the_diagonals_of_the_dense_ones() -> None:
             torch.testing.assert_close(other, expected)
 
 
+@pytest.mark.usefixtures("no_blocks")
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
 def test_diagonal_factors_are_inverted_like_dense_diagonal_ones(inverse: Any) -> None:
     torch.manual_seed(0)

@@ -26,6 +26,8 @@ from kfac.curvature import Curvature
 from kfac.kronecker import CurvatureBlocks, Eigendecomposition, KroneckerBlock
 from kfac.layers.conv import ConvTransposeLayer
 
+pytestmark = pytest.mark.usefixtures("no_blocks")
+
 LAMBDA = 0.3
 
 
@@ -458,8 +460,10 @@ def test_a_singular_matrix_needs_damping(method: str, dtype: torch.dtype) -> Non
 # Planted bugs
 
 
-def transposed_basis(original: Replacement, factor: Tensor) -> tuple[Tensor, Tensor | None]:
-    values, vectors = original(factor)
+def transposed_basis(
+    original: Replacement, factor: Tensor, rows: int
+) -> tuple[Tensor, Tensor | None]:
+    values, vectors = original(factor, rows)
     return values, None if vectors is None else vectors.mT
 
 

@@ -19,7 +19,7 @@ from torchvision.models.convnext import CNBlockConfig
 from torchvision.models.efficientnet import MBConvConfig
 
 from kfac import KFAC
-from kfac.curvature import Curvature
+from kfac.inverse import Cholesky
 
 TORCHVISION = (
     "convnext_tiny", "densenet121", "efficientnet_b0", "mobilenet_v2", "resnet18", "swin_t",
@@ -226,8 +226,8 @@ def test_twenty_steps_on_a_batch_beat_sgd_at_its_best_learning_rate(name: str) -
 
 def test_the_plain_gradient_does_not_beat_sgd(monkeypatch: pytest.MonkeyPatch) -> None:
     """A mutant: the directions are the gradients themselves."""
-    plain = lambda self, gradients, damping: {p: gradients[p] for p in gradients}  # noqa: E731
-    monkeypatch.setattr(Curvature, "precondition", plain)
+    plain = lambda self, state, gradient, damping: gradient.clone()  # noqa: E731
+    monkeypatch.setattr(Cholesky, "precondition", plain)
     for name in ("timm vit", "gpt2"):
         with pytest.raises(AssertionError):
             test_twenty_steps_on_a_batch_beat_sgd_at_its_best_learning_rate(name)

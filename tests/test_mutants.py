@@ -385,13 +385,17 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         replace(
             kfac.inverse.factored,
             "factored_damping",
-            lambda original, a, g, damping: original(a, g, damping.square()),
+            lambda original, a, g, damping, *sizes: original(a, g, damping.square(), *sizes),
         ),
         FACTORED,
         ("deep linear net", "cholesky"),
     ),
     "π left out": (
-        replace(kfac.damping, "pi_ratio", lambda original, a, g: torch.ones_like(original(a, g))),
+        replace(
+            kfac.damping,
+            "pi_ratio",
+            lambda original, *arguments: torch.ones_like(original(*arguments)),
+        ),
         FACTORED,
         ("deep linear net", "cholesky"),
     ),
@@ -488,8 +492,8 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
     "KL clip without the square of the learning rate": (
         replace(
             kfac.optimizer,
-            "kl_clip_scale",
-            lambda original, d, g, lrs, clip: original(d, g, [lr**0.5 for lr in lrs], clip),
+            "predicted_change",
+            lambda original, d, g, lrs: original(d, g, [lr**0.5 for lr in lrs]),
         ),
         exactness.test_kl_clip_scales_the_step_before_momentum_and_weight_decay,
         ("plain",),

@@ -123,9 +123,15 @@ def test_parameters_that_were_not_given_are_not_touched() -> None:
     assert optimizer.summary()[0].reason == "not given to the optimizer"
 
 
+@pytest.mark.usefixtures("no_blocks")
 def test_a_factor_above_the_limit_keeps_its_diagonal() -> None:
     optimizer = KFAC(nn.Linear(20, 3), lr=0.1, max_factor_dim=10)
     assert optimizer.summary()[0].factors == "A 1×21, G 1×3×3"
+
+
+def test_a_factor_above_the_limit_keeps_blocks_on_its_diagonal() -> None:
+    optimizer = KFAC(nn.Linear(20, 3), lr=0.1, max_factor_dim=10)
+    assert optimizer.summary()[0].factors == "A 1×3×7×7, G 1×3×3"
 
 
 def test_the_printed_table_has_a_line_per_parameter_and_the_shares() -> None:

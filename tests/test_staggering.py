@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from kfac import KFAC
 from kfac.curvature import Curvature
+from kfac.factors import BlockShape
 from kfac.inverse import Cholesky
 
 WIDTHS = [3, 8, 8, 8, 8, 2]
@@ -98,9 +99,11 @@ def check_only_what_is_due_is_inverted(monkeypatch: pytest.MonkeyPatch) -> None:
     inverted: list[int] = []
     refresh = Cholesky.refresh
 
-    def counting(self: Cholesky, factors: dict[str, Tensor], *arguments: Any) -> Any:
+    def counting(
+        self: Cholesky, block: BlockShape, factors: dict[str, Tensor], *arguments: Any
+    ) -> Any:
         inverted.append(len(factors["A"]))
-        return refresh(self, factors, *arguments)
+        return refresh(self, block, factors, *arguments)
 
     monkeypatch.setattr(Cholesky, "refresh", counting)
     model, optimizer = start(inverse_update_period=5)

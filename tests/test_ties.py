@@ -194,6 +194,7 @@ def tokens() -> tuple[Tensor, Tensor]:
     return drawn[:, :-1], drawn[:, 1:]
 
 
+@pytest.mark.usefixtures("no_blocks")
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("max_factor_dim", [100, VOCABULARY - 1])
 def test_a_tied_table_is_solved_with_the_kronecker_product_nearest_to_both_uses(

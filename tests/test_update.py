@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kfac import KFAC
-from kfac.update import all_finite, descend, kl_clip_scale
+from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
 YES = torch.tensor(True)
 
@@ -43,11 +43,19 @@ def test_weight_decay_is_decoupled_and_per_unit_of_learning_rate() -> None:
     assert parameter.item() == pytest.approx(2 * (1 - 0.05) - 0.5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_the_predicted_change_shows_what_is_not_finite(bad: float) -> None:
+    for at in range(2):
+        pair = [torch.zeros(3), torch.zeros(3)]
+        pair[at][1] = bad
+        assert not predicted_change(pair[:1], pair[1:], [0.1]).isfinite()
+
+
 def test_a_rejected_step_leaves_parameters_and_momentum_bit_for_bit() -> None:
     parameters, buffers = [torch.randn(3)], [torch.randn(3)]
     before = copy.deepcopy((parameters, buffers))
     descend(
-        parameters, [torch.tensor([math.nan, math.inf, 1.0])], buffers, lr=0.5, momentum=0.9,
+        parameters, [torch.randn(3)], buffers, lr=0.5, momentum=0.9,
         nesterov=True, weight_decay=0.1, maximize=True, accept=torch.tensor(False),
     )  # fmt: skip
     assert torch.equal(parameters[0], before[0][0])
@@ -71,19 +79,19 @@ def test_the_trust_region_follows_its_formula_with_a_rate_per_tensor() -> None:
     inner = [(d * g).sum().item() for d, g in zip(directions, gradients, strict=True)]
     for kl_clip in (1e-4, 1e4):
         expected = min(1.0, math.sqrt(kl_clip / (0.1**2 * inner[0] + 0.3**2 * inner[1])))
-        scale = kl_clip_scale(list(directions), list(gradients), [0.1, 0.3], kl_clip)
+        change = predicted_change(list(directions), list(gradients), [0.1, 0.3])
+        scale = kl_clip_scale(change, kl_clip)
         assert scale.item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_trust_region_binds_in_half_precision() -> None:
     tiny = [torch.full((100,), 1e-5, dtype=torch.float16)]
-    scale = kl_clip_scale(tiny, tiny, [10.0], 1e-8)
+    scale = kl_clip_scale(predicted_change(tiny, tiny, [10.0]), 1e-8)
     assert scale.item() == pytest.approx((1e-8 / (100 * 100 * 1e-10)) ** 0.5, rel=0.05)
 
 
 def test_the_trust_region_is_open_where_there_is_no_step() -> None:
-    zero = [torch.zeros(3)]
-    assert kl_clip_scale(zero, zero, [0.1], 1e-3).item() == 1.0
+    assert kl_clip_scale(torch.zeros(()), 1e-3).item() == 1.0
 
 
 def test_a_step_that_overflows_half_precision_is_rejected_or_clipped() -> None:

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import ClassVar, Literal
 
 import torch
@@ -58,11 +57,16 @@ class Inverse(ABC):
 
     @abstractmethod
     def refresh(
-        self, factors: Mapping[str, Tensor], damping: Tensor, previous: Mapping[str, Tensor]
+        self,
+        block: BlockShape,
+        factors: Mapping[str, Tensor],
+        damping: Tensor,
+        previous: Mapping[str, Tensor],
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Compute a new state from the factors.
 
         Args:
+            block: Shape of each layer's block.
             factors: "A" and "G" as in :class:`kfac.factors.Bucket`; an identity factor is absent.
             damping: λ per layer ``[layers]``.
             previous: The state of these layers at the last refresh, zeros before the first. For
@@ -71,6 +75,32 @@ class Inverse(ABC):
 
         Returns:
             The state, and a boolean ``[layers]``: which layers could not be decomposed.
+        """
+
+    @abstractmethod
+    def staleness(
+        self,
+        block: BlockShape,
+        factors: Mapping[str, Tensor],
+        damping: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> Tensor:
+        """How wrong the inverse has become since it was made, for far less than a refresh.
+
+            ‖M X V − V‖/‖V‖, the larger of both factors
+
+        in the Frobenius norm, for the damped factor M of now, the inverse X of the one that the
+        state was made from and a few random directions V that are always the same. Its square is
+        ‖M X − I‖²/d on average.
+
+        Args:
+            block: Shape of each layer's block.
+            factors: As in :meth:`refresh`.
+            damping: λ per layer ``[layers]``.
+            state: What :meth:`refresh` returned.
+
+        Returns:
+            ``[layers]``.
         """
 
     @abstractmethod
@@ -84,38 +114,6 @@ class Inverse(ABC):
             gradient: The gradients.
             damping: λ per layer ``[layers]``.
         """
-
-
-def multiply(left: Tensor | None, matrix: Tensor, right: Tensor | None) -> Tensor:
-    """Return left · matrix · right, where None is the identity and one axis fewer a diagonal.
-
-    Args:
-        left: ``[layers, groups, d_out, d_out]``, ``[layers, groups, d_out]`` or None.
-        matrix: ``[layers, groups, d_out, d_in]``.
-        right: ``[layers, groups, d_in, d_in]``, ``[layers, groups, d_in]`` or None.
-    """
-    if left is not None:
-        matrix = _product(left, matrix) if left.dim() == 4 else left.unsqueeze(-1) * matrix
-    if right is not None:
-        matrix = _product(matrix, right) if right.dim() == 4 else matrix * right.unsqueeze(-2)
-    return matrix
-
-
-# From this inner dimension on a matrix product is large.
-_LARGE = 256
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """The batched matrix product ``[layers, groups, ...]``; large ones one by one on a CPU.
-
-    There the library spreads a single product over the cores better than a batch of them.
-    """
-    if left.device.type != "cpu" or left.shape[-1] < _LARGE:
-        return left @ right
-    result = left.new_empty(*left.shape[:-1], right.shape[-1])
-    for index in product(*map(range, left.shape[:-2])):
-        torch.matmul(left[index], right[index], out=result[index])
-    return result
 
 
 def merge(

@@ -29,7 +29,7 @@ class Cholesky(FactoredDamping):
         return "cholesky"
 
     def _invert(
-        self, matrix: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
+        self, matrices: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        (inverse,), failed = robustly(inverse_by_cholesky, matrix)
+        (inverse,), failed = robustly(inverse_by_cholesky, matrices)
         return {"inverse": inverse}, failed

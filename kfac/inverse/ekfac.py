@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kfac.factors import BlockShape
-from kfac.inverse.base import multiply
 from kfac.inverse.eigen import Eigen, joint_eigenvalues
+from kfac.products import multiply
 
 
 @dataclass(frozen=True)

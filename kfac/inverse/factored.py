@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from kfac.damping import damped, factored_damping
-from kfac.factors import BlockShape
-from kfac.inverse.base import Inverse, multiply
+from kfac.factors import BlockShape, whole_blocks
+from kfac.inverse.base import Inverse
+from kfac.inverse.staleness import probes, relative_residual
+from kfac.products import multiply
 
 
 @dataclass(frozen=True)
@@ -30,41 +32,66 @@ class FactoredDamping(Inverse):
         return {f"{name}_inverse": shape for name, shape in block.factor_shapes().items()}
 
     def refresh(
-        self, factors: Mapping[str, Tensor], damping: Tensor, previous: Mapping[str, Tensor]
+        self,
+        block: BlockShape,
+        factors: Mapping[str, Tensor],
+        damping: Tensor,
+        previous: Mapping[str, Tensor],
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Invert the damped factors."""
-        state: dict[str, Tensor] = {}
+        state = {key: torch.zeros_like(tensor) for key, tensor in previous.items()}
         failed = torch.zeros_like(damping, dtype=torch.bool)
-        for name, amount in _damping_amounts(factors, damping).items():
+        for name, amount in _damping_amounts(block, factors, damping).items():
             matrix = damped(factors[name], amount)
             if matrix.dim() == 3:
-                inverted, bad = {"inverse": matrix.reciprocal()}, ~(matrix > 0).all(-1)
-            else:
-                own = {
-                    key.removeprefix(f"{name}_"): tensor
-                    for key, tensor in previous.items()
-                    if key.startswith(f"{name}_")
-                }
-                inverted, bad = self._invert(matrix, amount, own)
-            state |= {f"{name}_{key}": tensor for key, tensor in inverted.items()}
-            failed |= bad.any(1)
+                torch.reciprocal(matrix, out=state[f"{name}_inverse"])
+                failed |= ~(matrix > 0).flatten(1).all(1)
+                continue
+            rows = block.sizes()[name]
+            parts = zip(
+                whole_blocks(matrix, rows),
+                _parts(previous, name, rows),
+                _parts(state, name, rows),
+                strict=True,
+            )
+            for matrices, last, target in parts:
+                added = amount.unsqueeze(-1).expand(matrices.shape[:3])
+                inverted, bad = self._invert(matrices, added, last)
+                for key, tensor in inverted.items():
+                    target[key].copy_(tensor)
+                failed |= bad.flatten(1).any(1)
         return state, failed
 
     @abstractmethod
     def _invert(
-        self, matrix: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
+        self, matrices: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """Invert one of the two damped factors of every layer.
+        """Invert blocks of one of the two damped factors of every layer.
 
         Args:
-            matrix: ``[layers, groups, d, d]``, symmetric positive definite.
-            amount: What has been added to its diagonal ``[layers, groups]``.
-            previous: The factor's part of the state at the last refresh, its name left out.
+            matrices: ``[layers, groups, blocks, d, d]``, symmetric positive definite.
+            amount: What has been added to their diagonals ``[layers, groups, blocks]``.
+            previous: The blocks' part of the state at the last refresh, the factor's name left out.
 
         Returns:
-            The factor's part of the state, ``"inverse"`` among it, and a boolean
-            ``[layers, groups]``: which could not be inverted.
+            The blocks' part of the state, ``"inverse"`` among it, and a boolean
+            ``[layers, groups, blocks]``: which could not be inverted.
         """
+
+    def staleness(
+        self,
+        block: BlockShape,
+        factors: Mapping[str, Tensor],
+        damping: Tensor,
+        state: Mapping[str, Tensor],
+    ) -> Tensor:
+        """See :meth:`Inverse.staleness`; M is A + π√λ I and G + √λ/π I, with the λ of now."""
+        found = []
+        for name, amount in _damping_amounts(block, factors, damping).items():
+            v = probes(factors[name], block.sizes()[name])
+            solved = multiply(state[f"{name}_inverse"], v, None)
+            found.append(relative_residual(factors[name], amount, solved, v))
+        return torch.stack(found).amax(0)
 
     def precondition(
         self, state: Mapping[str, Tensor], gradient: Tensor, damping: Tensor
@@ -73,9 +100,27 @@ class FactoredDamping(Inverse):
         return multiply(state.get("G_inverse"), gradient, state.get("A_inverse"))
 
 
-def _damping_amounts(factors: Mapping[str, Tensor], damping: Tensor) -> dict[str, Tensor]:
+def _damping_amounts(
+    block: BlockShape, factors: Mapping[str, Tensor], damping: Tensor
+) -> dict[str, Tensor]:
     if len(factors) == 2:
-        on_a, on_g = factored_damping(factors["A"], factors["G"], damping)
+        on_a, on_g = factored_damping(factors["A"], factors["G"], damping, block.d_in, block.d_out)
         return {"A": on_a, "G": on_g}
     ((name, factor),) = factors.items()
     return {name: damping.unsqueeze(-1).expand(factor.shape[:2])}
+
+
+def _parts(state: Mapping[str, Tensor], factor: str, rows: int) -> list[dict[str, Tensor]]:
+    """A factor's part of a state, cut like its blocks: what is one number per block as well."""
+    own = {
+        key.removeprefix(f"{factor}_"): tensor
+        for key, tensor in state.items()
+        if key.startswith(f"{factor}_")
+    }
+    inverses = whole_blocks(own.pop("inverse"), rows)
+    counts = [blocks.shape[2] for blocks in inverses]
+    numbers = {key: torch.split(tensor, counts, 2) for key, tensor in own.items()}
+    return [
+        {"inverse": blocks} | {key: parts[i] for key, parts in numbers.items()}
+        for i, blocks in enumerate(inverses)
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
@@ -69,19 +70,19 @@ class NewtonSchulz(FactoredDamping):
         return "newton-schulz"
 
     def state_shapes(self, block: BlockShape) -> dict[str, tuple[int, ...]]:
-        """One inverse per factor, and ‖I − M X‖ of each dense one (0: not found by products)."""
+        """One inverse per factor, and ‖I − M X‖ of each block (0: not found by products)."""
         residuals = {
-            f"{name}_residual": shape[:1]
+            f"{name}_residual": (block.groups, prod(shape[1:-2]))
             for name, shape in block.factor_shapes().items()
-            if len(shape) == 3
+            if len(shape) > 2
         }
         return super().state_shapes(block) | residuals
 
     def _invert(
-        self, matrix: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
+        self, matrices: Tensor, amount: Tensor, previous: Mapping[str, Tensor]
     ) -> tuple[dict[str, Tensor], Tensor]:
-        flat = _symmetric(matrix.flatten(0, 1))
-        last, last_residual = (previous[key].flatten(0, 1) for key in ("inverse", "residual"))
+        flat = _symmetric(matrices.flatten(0, 2))
+        last, last_residual = (previous[key].flatten(0, 2) for key in ("inverse", "residual"))
         x, r, bound = _start(flat, amount.flatten(), last, last_residual)
         x = _refined(flat, _iterate(x, r, bound, self.max_iterations), bound > 0)
         residual = _norm(_residual(flat, x))
@@ -90,7 +91,7 @@ class NewtonSchulz(FactoredDamping):
             undone = failed.clone()
             (x[undone],), failed[undone] = robustly(inverse_by_cholesky, flat[undone])
             residual[undone] = 0  # no start for the next refresh, which is to do the same
-        state = {"inverse": x.view_as(matrix), "residual": residual.view_as(amount)}
+        state = {"inverse": x.view_as(matrices), "residual": residual.view_as(amount)}
         return state, failed.view_as(amount)
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kfac.covariance import gram
 from kfac.example_gradients import Basis, squared_gradients
 from kfac.factors import BlockShape, FactorKind
 
@@ -74,7 +75,7 @@ class Layer(ABC):
         weight_sharing: How positions that share the weight enter the factors.
         weight: The weight.
         bias: The bias if it is trained together with the weight.
-        max_factor_dim: A factor larger than this keeps only its diagonal.
+        max_factor_dim: See :func:`factor_kind`.
         identity_g: Keep no G at all (forward-only curvature).
 
     Attributes:
@@ -119,12 +120,13 @@ class Layer(ABC):
         groups, d_in, d_out = self.dimensions()
         d_in += bias is not None
 
-        def kind(dim: int) -> FactorKind:
-            return "dense" if dim <= max_factor_dim else "diagonal"
-
-        g_kind: FactorKind = "identity" if identity_g else kind(d_out)
-        a_kind: FactorKind = "diagonal" if self.has_sparse_inputs else kind(d_in)
-        self.shape = BlockShape(groups, d_in, d_out, a_kind, g_kind)
+        a: tuple[FactorKind, int] = factor_kind(d_in, max_factor_dim, self.inputs_together)
+        g: tuple[FactorKind, int] = factor_kind(d_out, max_factor_dim)
+        if self.has_sparse_inputs:
+            a = ("diagonal", 0)
+        if identity_g:
+            g = ("identity", 0)
+        self.shape = BlockShape(groups, d_in, d_out, a[0], g[0], a[1], g[1])
 
     @classmethod
     def refusal(cls, module: nn.Module) -> str | None:
@@ -187,6 +189,11 @@ class Layer(ABC):
     def dimensions(self) -> tuple[int, int, int]:
         """Groups, inputs and outputs per group, without the bias."""
 
+    @property
+    def inputs_together(self) -> int:
+        """So many consecutive inputs stay in one block of a block-diagonal A."""
+        return 1
+
     # --- inputs and output gradients -----------------------------------------------------------
 
     @abstractmethod
@@ -207,11 +214,11 @@ class Layer(ABC):
 
     def input_moment(self, x: Tensor) -> Tensor:
         """Σ a aᵀ (or its diagonal) over all rows of the module's input."""
-        return row_moment(self.input_rows(x, 1)[0], self.shape.a_kind)
+        return row_moment(self.input_rows(x, 1)[0], self.shape.factor_shapes()["A"])
 
     def gradient_moment(self, g: Tensor) -> Tensor:
         """Σ g gᵀ (or its diagonal) over all rows of the gradient of the module's output."""
-        return row_moment(self.gradient_rows(g, 1)[0], self.shape.g_kind)
+        return row_moment(self.gradient_rows(g, 1)[0], self.shape.factor_shapes()["G"])
 
     def input_mean(self, x: Tensor, examples: int) -> Tensor:
         """Mean of a over the positions of each example, ``[examples, groups, d_in]``."""
@@ -228,7 +235,8 @@ class Layer(ABC):
     def masked_moment(self, x: Tensor, mask: Tensor) -> Tensor:
         """As :meth:`input_moment`, over the rows where ``mask [rows]`` is 1 and not 0."""
         rows = self.input_rows(x, 1)[0]
-        return row_moment(rows * mask.to(rows).view(-1, 1, 1), self.shape.a_kind)
+        rows = rows * mask.to(rows).view(-1, 1, 1)
+        return row_moment(rows, self.shape.factor_shapes()["A"])
 
     def masked_sum(self, x: Tensor, mask: Tensor) -> Tensor:
         """Sum of a over the positions where ``mask [examples, positions]`` is 1 and not 0."""
@@ -287,12 +295,38 @@ class Layer(ABC):
         return self.matrix(weight, self.bias.of(bias))
 
 
-def row_moment(rows: Tensor, kind: FactorKind) -> Tensor:
-    """Σ r rᵀ per group, or its diagonal, of rows ``[n, groups, d]``."""
-    if kind == "diagonal":
+# A factor that would need more blocks than this keeps only its diagonal.
+MOST_BLOCKS = 32
+
+
+def factor_kind(size: int, most: int, together: int = 1) -> tuple[FactorKind, int]:
+    """How to keep a factor of so many rows, and the rows of its blocks.
+
+    Args:
+        size: Number of rows.
+        most: Rows of the largest matrix.
+        together: Blocks have a multiple of so many rows, unless a block has no room for them.
+    """
+    if size <= most:
+        return "dense", 0
+    together = together if together <= most else 1
+    units = -(-size // together)
+    blocks = -(-units // (most // together))
+    rows = -(-units // blocks) * together
+    return ("diagonal", 0) if blocks > MOST_BLOCKS or rows == 1 else ("block-diagonal", rows)
+
+
+def row_moment(rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """Σ r rᵀ per group of rows ``[n, groups, d]``, or what a factor of this shape keeps of it."""
+    if len(shape) == 2:
         return rows.square().sum(0)
-    stacked = rows.transpose(0, 1)
-    return stacked.mT @ stacked
+    if len(shape) == 3:
+        return gram(rows)
+    moment = rows.new_zeros(shape)
+    for index, part in enumerate(torch.split(rows, shape[-1], -1)):
+        size = part.shape[-1]
+        moment[:, index, :size, :size] = row_moment(part, (shape[0], size, size))
+    return moment
 
 
 def append_one(rows: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from math import prod
 from typing import ClassVar, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -68,13 +69,39 @@ class ConvLayer(Layer):
         x = self._batched(x)
         return len(x) * self.positions(tuple(x.shape[2:]))
 
+    @property
+    def inputs_together(self) -> int:
+        """The inputs from one channel."""
+        return prod(self.module.kernel_size)
+
     def input_moment(self, x: Tensor) -> Tensor:
         """Second moment of the patches of ``x [N, C, *spatial]``."""
+        if self.shape.a_kind == "block-diagonal":
+            has_channels = self.shape.a_block % self.inputs_together == 0
+            return self._blockwise_moment(x) if has_channels else super().input_moment(x)
         x = self.patched(self._batched(x).to(self.dtype))
         second_moment = (
             patch_second_moment_diagonal if self.shape.a_kind == "diagonal" else patch_covariance
         )
         return second_moment(x, self.module.kernel_size, bias=self.has_bias, **self.geometry)
+
+    def _blockwise_moment(self, x: Tensor) -> Tensor:
+        """As :meth:`input_moment`: each block of A sees some of the channels, as a group would."""
+        x = self.patched(self._batched(x).to(self.dtype))
+        kernel, geometry = self.module.kernel_size, self.geometry
+        groups, blocks, rows, _ = self.shape.factor_shapes()["A"]
+        channels = torch.unflatten(x, 1, (groups, -1))
+        missing = blocks * rows // self.inputs_together - channels.shape[2]
+        channels = F.pad(channels, [0, 0] * len(kernel) + [0, missing]).flatten(1, 2)
+        blockwise: PatchGeometry = {**geometry, "groups": groups * blocks}
+        moment = patch_covariance(channels, kernel, **blockwise).view(groups, blocks, rows, rows)
+        if self.has_bias:
+            total = patch_mean(x, kernel, bias=True, **geometry).sum(0) * patch_count(
+                x.shape[2:], kernel, **geometry
+            )
+            one = (self.shape.d_in - 1) % rows
+            moment[:, -1, one, : one + 1] = moment[:, -1, : one + 1, one] = total[:, -one - 1 :]
+        return moment
 
     def gradient_moment(self, g: Tensor) -> Tensor:
         """Second moment of the gradient's columns of ``g [N, C_out, *spatial]``, per group."""

@@ -48,7 +48,7 @@ class LinearLayer(Layer):
 
     def input_moment(self, x: Tensor) -> Tensor:
         """Second moment of the rows of ``x [..., in_features]``, a last 1 appended for a bias."""
-        if self.shape.a_kind == "diagonal":
+        if self.shape.a_kind != "dense":
             return super().input_moment(x)
         rows = x.reshape(-1, x.shape[-1]).to(self.dtype)
         moment = channel_covariance(rows)

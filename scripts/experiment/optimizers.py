@@ -8,6 +8,7 @@ from torch import nn
 
 from experiment.settings import Settings
 from kfac import KFAC
+from kfac.inverse import InverseName
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -41,10 +42,11 @@ class KFACSettings(Settings):
     num_samples: PositiveInt | None = None
     max_vectors: PositiveInt | None = None
     weight_sharing: Literal["expand", "reduce"] | None = None
-    inverse: Literal["cholesky", "eigen"] | None = None
+    inverse: InverseName | None = None
     factor_decay: Fraction | None = None
     factor_update_period: PositiveInt | None = None
     inverse_update_period: PositiveInt | None = None
+    refresh_tolerance: PositiveFloat | None = None
     kl_clip: NonNegativeFloat | None = None
     """Trust region of the step; 0 turns it off."""
     skip: list[str] | None = None

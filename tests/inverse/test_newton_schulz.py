@@ -52,16 +52,19 @@ def moved(factors: dict[str, Tensor], share: float) -> dict[str, Tensor]:
     return result
 
 
-def zeros(strategy: FactoredDamping, factors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The state before the first refresh."""
-    like = next(iter(factors.values()))
+def shape_of(factors: dict[str, Tensor]) -> BlockShape:
     kinds = {3: "diagonal", 4: "dense"}
-    block = BlockShape(
-        like.shape[1],
+    return BlockShape(
+        next(iter(factors.values())).shape[1],
         *(factors[name].shape[-1] if name in factors else 3 for name in ("A", "G")),
         *(kinds[factors[name].dim()] if name in factors else "identity" for name in ("A", "G")),
     )
-    shapes = strategy.state_shapes(block)
+
+
+def zeros(strategy: FactoredDamping, factors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state before the first refresh."""
+    like = next(iter(factors.values()))
+    shapes = strategy.state_shapes(shape_of(factors))
     return {key: like.new_zeros(len(like), *shape) for key, shape in shapes.items()}
 
 
@@ -73,7 +76,8 @@ def refresh(
     strategy = strategy or NewtonSchulz()
     first = next(iter(factors.values()))
     damping = first.new_full((len(first),), LAMBDA)
-    return strategy.refresh(factors, damping, previous or zeros(strategy, factors))
+    previous = previous or zeros(strategy, factors)
+    return strategy.refresh(shape_of(factors), factors, damping, previous)
 
 
 def cast(factors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -64,6 +64,7 @@ def test_an_embedding_steps_like_the_linear_layer_on_one_hot_inputs(inverse: Any
     torch.testing.assert_close(moved(Looked(), inverse=inverse), expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.usefixtures("no_blocks")
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
 def test_under_reduce_it_keeps_the_diagonal_of_that_layer(inverse: Any) -> None:
     settings = {"inverse": inverse, "weight_sharing": "reduce"}

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kfac import KFAC, Preconditioner
 from kfac.layers.embedding import EmbeddingBagLayer
 
+pytestmark = pytest.mark.usefixtures("no_blocks")
+
 VOCABULARY, WIDTH = 7, 3
 # Bags of unequal length; one is empty, and so is the last one.
 TOKENS = torch.tensor([0, 3, 3, 6, 2, 2, 2, 5, 0, 1])

@@ -29,6 +29,7 @@ from kfac.hooks import ModuleHook, OutputTap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import Target
 from kfac.names import unwrapped
+from kfac.recorder import tensors_in
 from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
 from kfac.taps import Taps
 from kfac.vectors import OutputVectors
@@ -469,18 +470,3 @@ class Claims:
     def reach(self, output: Tensor, target: Tensor | None) -> None:
         """A backward pass has come to one of the calls."""
         self.reached.append((output, target))
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """All tensors in nested tuples, lists, mappings and dataclasses, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif hasattr(value, "__dataclass_fields__"):
-        for name in value.__dataclass_fields__:
-            yield from tensors_in(getattr(value, name))

@@ -10,7 +10,7 @@ Source:
     (the Fisher of these likelihoods is the generalised Gauss-Newton matrix).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, Protocol, cast, get_args, runtime_checkable
 
 import torch
@@ -28,6 +28,9 @@ class Likelihood(Protocol):
 
     ``target`` is None where the loss was computed by something that cannot be observed; raise an
     error that says so where the curvature depends on it. All vectors have the shape of ``output``.
+
+    Optional: ``hessian_products(output, target, tangents)``, the matrix zᵢᵀ H zⱼ of some vectors z
+    with the Hessian H of the summed loss; otherwise it is computed from :meth:`vectors`.
     """
 
     @property
@@ -101,6 +104,20 @@ class _TermwiseLikelihood:
                 vector[:, position] = root[:, position]
                 yield self.unrows(vector.flatten(0, 1), output)
 
+    def hessian_products(
+        self, output: Tensor, target: Tensor | None, tangents: Sequence[Tensor]
+    ) -> Tensor:
+        """zᵢᵀ H zⱼ of n vectors z of the output's shape, H the Hessian of the summed loss.
+
+        Returns:
+            ``[n, n]``, in float32 or better.
+        """
+        rows = self.rows(output).detach().to(_at_least_float32(output))
+        scale = self.curvature_weights(output, target, rows).sqrt()
+        roots = [scale * self.root_product(rows, self.rows(z).to(rows)) for z in tangents]
+        stacked = torch.stack(roots).flatten(1)
+        return stacked @ stacked.mT
+
     def rows(self, output: Tensor) -> Tensor:
         """Arrange the output as ``[terms, classes]``, examples first."""
         return output.reshape(-1, 1)
@@ -119,6 +136,10 @@ class _TermwiseLikelihood:
 
     def root_column(self, rows: Tensor, column: int) -> Tensor:
         """Column of a root of each plain term's Hessian, ``[terms, classes]``."""
+        raise NotImplementedError
+
+    def root_product(self, rows: Tensor, tangents: Tensor) -> Tensor:
+        """Rᵀz of each plain term, with R of :meth:`root_column`, ``[terms, classes]``."""
         raise NotImplementedError
 
     def _need_target(self, target: Tensor | None, reason: str) -> Tensor:
@@ -200,6 +221,11 @@ class CrossEntropy(_TermwiseLikelihood):
         root[:, column] += 1
         return root * p[:, column : column + 1].sqrt()
 
+    def root_product(self, rows: Tensor, tangents: Tensor) -> Tensor:
+        """√p_c (z_c − pᵀz)."""
+        p = rows.softmax(1)
+        return p.sqrt() * (tangents - (p * tangents).sum(1, keepdim=True))
+
     def _classes(self, output: Tensor) -> int:
         return output.shape[_class_axis(output)]
 
@@ -242,6 +268,10 @@ class Bernoulli(_TermwiseLikelihood):
         """√(σ(1 − σ))."""
         return (rows.sigmoid() * (-rows).sigmoid()).sqrt()
 
+    def root_product(self, rows: Tensor, tangents: Tensor) -> Tensor:
+        """√(σ(1 − σ)) z."""
+        return self.root_column(rows, 0) * tangents
+
 
 class Gaussian(_TermwiseLikelihood):
     """Gaussian likelihood with variance ½ of :class:`torch.nn.MSELoss`; a term's Hessian is 2."""
@@ -256,6 +286,10 @@ class Gaussian(_TermwiseLikelihood):
     def root_column(self, rows: Tensor, column: int) -> Tensor:
         """√2."""
         return torch.full_like(rows, 2**0.5)
+
+    def root_product(self, rows: Tensor, tangents: Tensor) -> Tensor:
+        """√2 z."""
+        return 2**0.5 * tangents
 
 
 _LIKELIHOODS: dict[type[nn.Module], type[_TermwiseLikelihood]] = {

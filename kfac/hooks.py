@@ -1,7 +1,8 @@
 """The pieces that sit in a model and in its autograd graph, and only call back."""
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -79,6 +80,8 @@ class ModuleHook:
         arguments: See there.
     """
 
+    _silent = False  # of all hooks; a plain class attribute, since a model may run on many threads
+
     def __init__(
         self,
         module: nn.Module | None = None,
@@ -98,9 +101,19 @@ class ModuleHook:
         method = None if self.method is None else self.method()
         if method is None or module is not self.module:
             return None
-        if torch._C._are_functorch_transforms_active():
+        if ModuleHook._silent or torch._C._are_functorch_transforms_active():
             return None
         return method(*self.arguments, *arguments)
+
+
+@contextmanager
+def silent_hooks() -> Iterator[None]:
+    """Within it, no hook of this package reacts: a model runs as if it had none."""
+    before, ModuleHook._silent = ModuleHook._silent, True
+    try:
+        yield
+    finally:
+        ModuleHook._silent = before
 
 
 def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) -> None:

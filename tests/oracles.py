@@ -89,6 +89,22 @@ def ggn_blocks(
     return torch.einsum("mgp,mk,kgq->gpq", blocks, hessian, blocks)
 
 
+def jacobian(model: nn.Module, *inputs: Tensor) -> Tensor:
+    """`[M, P]`: of all M elements of the output by all parameters, one after another.
+
+    The call draws random numbers and updates buffers as any other.
+    """
+    output = model(*inputs)
+    parameters = list(model.parameters())
+    rows = [
+        torch.autograd.grad(
+            element, parameters, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        for element in output.flatten()
+    ]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
 # Inputs of a layer as rows
 
 

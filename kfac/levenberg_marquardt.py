@@ -1,0 +1,138 @@
+"""Levenberg-Marquardt: damping that follows how well the quadratic model predicts the loss."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kfac.arguments import POSITIVE, POSITIVE_INTEGER, Constraint, check
+
+_INITIAL = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+_DECAY = Constraint("a number in (0, 1)", lambda v: POSITIVE.accepts(v) and v < 1)
+_BOUNDS = Constraint(
+    "two finite numbers, 0 < lower < upper",
+    lambda v: (
+        isinstance(v, tuple) and len(v) == 2 and all(map(POSITIVE.accepts, v)) and v[0] < v[1]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class LevenbergMarquardt:
+    """Settings for a damping λ that adapts itself, and the rule by which it does.
+
+        ρ > 3/4:  λ ← λ·decay^period        ρ < 1/4:  λ ← λ / decay^period
+
+    every ``period`` steps, where ρ is the reduction of the loss divided by what the quadratic model
+    has predicted. λ stays within its bounds: on a smooth stretch ρ > 3/4 would otherwise drive it
+    to where the first rough one makes the run diverge.
+
+    Args:
+        initial: λ of the first step, within the bounds; None to find it on the first batch, see
+            :meth:`calibrate`.
+        period: Steps between two adaptations.
+        decay: ω in (0, 1), per step.
+        bounds: Smallest and largest λ, in units of the Fisher.
+
+    Raises:
+        ValueError: If an argument violates its constraint.
+
+    Source:
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature", section 6.5; there λ has no bounds and starts at 150.
+    """
+
+    initial: float | None = None
+    period: int = 5
+    decay: float = 19 / 20
+    bounds: tuple[float, float] = (1e-5, 1e3)
+
+    def __post_init__(self) -> None:
+        for argument, value, constraint in (
+            ("initial", self.initial, _INITIAL),
+            ("period", self.period, POSITIVE_INTEGER),
+            ("decay", self.decay, _DECAY),
+            ("bounds", self.bounds, _BOUNDS),
+        ):
+            check("LevenbergMarquardt", argument, value, constraint)
+        lower, upper = self.bounds
+        within = Constraint(
+            f"within bounds={self.bounds}", lambda v: v is None or lower <= v <= upper
+        )
+        check("LevenbergMarquardt", "initial", self.initial, within)
+
+    def is_due(self, step: int) -> bool:
+        """Whether λ is adapted after the step that follows ``step`` completed ones."""
+        return (step + 1) % self.period == 0
+
+    def adapted(self, damping: float, ratio: float) -> float:
+        """The λ that follows from ρ.
+
+        Args:
+            damping: λ.
+            ratio: ρ; NaN, of a loss that is not finite, counts as a bad prediction.
+
+        Source:
+            Martens & Grosse 2015, section 6.5.
+        """
+        factor = self.decay**self.period
+        if ratio > 3 / 4:
+            damping *= factor
+        elif not ratio >= 1 / 4:
+            damping /= factor
+        return self._bounded(damping)
+
+    def calibrate(
+        self,
+        ratio_at: Callable[[float], float],
+        *,
+        start: float = 1.0,
+        factor: float = 10.0,
+        acceptable: float = 0.5,
+    ) -> float:
+        """The smallest λ on a geometric grid at which the model predicts a step well.
+
+        Goes down from ``start`` while ρ is acceptable, or up until it is; so a λ is never chosen
+        beyond one that has failed.
+
+        Args:
+            ratio_at: ρ of the step that would be taken with a given λ; must leave no trace.
+            start: Where the search begins; a bound instead, if it lies outside.
+            factor: Ratio of neighbours on the grid, > 1.
+            acceptable: Least ρ that is good enough.
+
+        Returns:
+            λ; the upper bound if no λ is acceptable.
+
+        Cost:
+            One call of ``ratio_at`` for every point between ``start`` and the result, and one more.
+        """
+        damping = self._bounded(start)
+        if ratio_at(damping) >= acceptable:
+            while damping > self.bounds[0]:
+                lower = self._bounded(damping / factor)
+                if not ratio_at(lower) >= acceptable:
+                    break
+                damping = lower
+            return damping
+        while damping < self.bounds[1]:
+            damping = self._bounded(damping * factor)
+            if ratio_at(damping) >= acceptable:
+                break
+        return damping
+
+    def _bounded(self, damping: float) -> float:
+        lower, upper = self.bounds
+        return min(max(damping, lower), upper)
+
+
+def reduction_ratio(change: float, predicted: float) -> float:
+    """ρ = (h(θ + δ) − h(θ)) / (M(δ) − M(0)); NaN where nothing was predicted.
+
+    Args:
+        change: h(θ + δ) − h(θ), of the whole objective on the batch of the step.
+        predicted: M(δ) − M(0), negative for a step that the model chose.
+
+    Source:
+        Martens & Grosse 2015, section 6.5.
+    """
+    return change / predicted if predicted else math.nan

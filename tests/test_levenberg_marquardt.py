@@ -1,0 +1,138 @@
+"""Damping that follows the ratio of actual and predicted reduction."""
+
+import math
+from typing import Any
+
+import pytest
+from mutants import replace
+
+from kfac.levenberg_marquardt import LevenbergMarquardt, reduction_ratio
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        *[("initial", value) for value in (0.0, -1.0, NAN, INF, "auto", True, 1e-9, 1e9)],
+        *[("period", value) for value in (0, -1, 2.5, None, True)],
+        *[("decay", value) for value in (0.0, 1.0, 1.5, NAN, "slow")],
+        *[("bounds", value) for value in ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0,), 1.0, None)],
+        *[("bounds", value) for value in ((1e-3, INF), (NAN, 1.0), [1e-3, 1.0])],
+    ],
+)
+def test_a_bad_setting_fails_at_construction(argument: str, value: Any) -> None:
+    settings = {argument: value}
+    with pytest.raises(ValueError, match=rf"LevenbergMarquardt\({argument}=...\) must be "):
+        LevenbergMarquardt(**settings)
+
+
+def check_rule() -> None:
+    rule = LevenbergMarquardt(period=3, decay=0.5, bounds=(1e-3, 1e3))
+    for ratio, factor in [
+        (0.76, 1 / 8),
+        (5.0, 1 / 8),
+        (0.75, 1.0),
+        (0.25, 1.0),
+        (0.24, 8.0),
+        (-2.0, 8.0),
+        (NAN, 8.0),
+        (INF, 1 / 8),
+        (-INF, 8.0),
+    ]:
+        assert rule.adapted(1.0, ratio) == factor
+
+
+def test_damping_follows_the_ratio() -> None:
+    check_rule()
+
+
+def test_damping_stays_within_its_bounds() -> None:
+    rule = LevenbergMarquardt(bounds=(1e-2, 10.0))
+    low = high = 1.0
+    for _ in range(100):
+        low, high = rule.adapted(low, 1.0), rule.adapted(high, 0.0)
+    assert (low, high) == (1e-2, 10.0)
+    assert rule.adapted(1e-2, 0.0) > 1e-2
+    assert rule.adapted(10.0, 1.0) < 10.0
+
+
+def test_damping_is_adapted_once_in_a_period() -> None:
+    rule = LevenbergMarquardt(period=4)
+    assert [step for step in range(12) if rule.is_due(step)] == [3, 7, 11]
+    assert all(LevenbergMarquardt(period=1).is_due(step) for step in range(3))
+
+
+def check_search() -> None:
+    rule = LevenbergMarquardt(bounds=(1e-4, 1e4))
+    for threshold, found in [(0.03, 0.1), (20.0, 100.0), (1e-9, 1e-4), (1e9, 1e4), (1.0, 1.0)]:
+        asked: list[float] = []
+
+        def ratio_at(
+            damping: float, threshold: float = threshold, asked: list[float] = asked
+        ) -> float:
+            asked.append(damping)
+            return 1.0 if damping >= threshold else NAN
+
+        assert rule.calibrate(ratio_at) == pytest.approx(found)
+        assert len(asked) == len(set(asked))
+        assert len(asked) <= abs(round(math.log10(found))) + 2
+
+
+def test_the_first_damping_is_the_smallest_that_predicts_well() -> None:
+    check_search()
+
+
+def test_the_search_does_not_step_over_a_failure() -> None:
+    rule = LevenbergMarquardt()
+    ratios = {1.0: 0.9, 0.1: 0.1, 0.01: 0.9, 10.0: 1.0}
+    assert rule.calibrate(lambda damping: ratios[round(damping, 6)]) == 1.0
+
+
+def test_the_search_begins_within_the_bounds() -> None:
+    asked: list[float] = []
+    rule = LevenbergMarquardt(bounds=(1e-3, 0.1))
+    assert rule.calibrate(lambda damping: asked.append(damping) or 1.0) == 1e-3
+    assert max(asked) == 0.1
+
+
+def test_ratio_of_reductions() -> None:
+    assert reduction_ratio(-3.0, -2.0) == 1.5
+    assert reduction_ratio(1.0, -2.0) == -0.5
+    assert math.isnan(reduction_ratio(-1.0, 0.0))
+    assert math.isnan(reduction_ratio(NAN, -1.0))
+
+
+@pytest.mark.parametrize(
+    ("mutant", "test"),
+    [
+        (
+            lambda original, self, damping, ratio: damping**2 / original(self, damping, ratio),
+            check_rule,
+        ),
+        (
+            lambda original, self, damping, ratio: (
+                damping if ratio != ratio else original(self, damping, ratio)
+            ),
+            check_rule,
+        ),
+        (
+            lambda original, self, damping, ratio: (
+                damping * (original(self, damping, ratio) / damping) ** (1 / self.period)
+            ),
+            check_rule,
+        ),
+    ],
+    ids=["inverted", "NaN keeps the damping", "decay without its period"],
+)
+def test_mutants_of_the_rule_are_caught(mutant: Any, test: Any, monkeypatch: Any) -> None:
+    replace(LevenbergMarquardt, "adapted", mutant)(monkeypatch)
+    with pytest.raises(AssertionError):
+        test()
+
+
+def test_a_mutant_that_calibrates_one_step_too_low_is_caught(monkeypatch: Any) -> None:
+    too_low = lambda original, self, ratio_at: original(self, ratio_at) / 10  # noqa: E731
+    replace(LevenbergMarquardt, "calibrate", too_low)(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_search()

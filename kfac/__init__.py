@@ -3,6 +3,7 @@
 from kfac import covariance
 from kfac.fisher import Likelihood
 from kfac.inverse import Cholesky, Eigen, Ekfac, NewtonSchulz
+from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
 
@@ -13,6 +14,7 @@ __all__ = [
     "Cholesky",
     "Eigen",
     "Ekfac",
+    "LevenbergMarquardt",
     "Likelihood",
     "NewtonSchulz",
     "Preconditioner",

@@ -29,7 +29,7 @@ from kfac.hooks import ModuleHook, OutputTap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import Target
 from kfac.names import unwrapped
-from kfac.recorder import tensors_in
+from kfac.recorder import Recorder, tensors_in
 from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
 from kfac.taps import Taps
 from kfac.vectors import OutputVectors
@@ -67,8 +67,10 @@ class Capture:
         position_mask: Where a call's argument or a function of all tells which positions are real.
         vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
+        records_calls: Whether the model's calls are kept until the step, to be made again.
 
     Attributes:
+        recorder: The calls that are kept; None if none are.
         taps: What sits on the layers' outputs.
         terms: Loss terms since the last step.
         statistics: What has been taken and not yet sent on.
@@ -92,6 +94,7 @@ class Capture:
         position_mask: PositionMask | None,
         vectors: OutputVectors | None,
         bases: Bases | None,
+        records_calls: bool = False,
     ) -> None:
         self.fisher = fisher
         self.likelihood = likelihood
@@ -99,6 +102,8 @@ class Capture:
         self.loss_terms = loss_terms
         self.position_mask = position_mask
         self.vectors = vectors
+        select = None if outputs is None else self._select
+        self.recorder = Recorder(unwrapped(model), select) if records_calls else None
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
         self.statistics = Statistics(sink, with_gradients=fisher != "forward-only", bases=bases)
@@ -165,6 +170,8 @@ class Capture:
         self._count += 1
         self.statistics.discard()
         self._check.give_up()
+        if self.recorder is not None:
+            self.recorder.clear()
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -179,6 +186,8 @@ class Capture:
             terms = terms(*args, **kwargs)
             check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
         self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
+        if self.recorder is not None:
+            self._record.repeatable = self.recorder.begin(args, kwargs)
         self.taps.record = self._record
         self._in_forward = True
 
@@ -205,6 +214,8 @@ class Capture:
         self._in_forward = False
         if record is None or not torch.is_grad_enabled():
             return
+        if self.recorder is not None and record.repeatable is not None:
+            self.recorder.end(record.repeatable, output)
         tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         self._check.leave_out(self.taps.unseen_weights(tensors))
         for tensor in tensors:
@@ -359,16 +370,25 @@ class Capture:
         with torch.no_grad():
             normalizer = self.likelihood.normalizer(output.detach(), target)
             counted = self._count_once(records, normalizer)
-            if not self.active or self.vectors is None:
-                return
-            self._warn_of_mixed_examples()
-            batch_sizes = [record.batch_size or 1 for record in records]
-            vectors = self.vectors.draw(output.detach(), target, batch_sizes)
+            share: Tensor | None = None
             if calls > 1 or counted is not normalizer:
                 share = torch.full_like(normalizer, 1 / calls)
                 if self.likelihood.reduction == "mean":
                     share = share * counted / normalizer
-                vectors = (vector * share.sqrt().to(vector) for vector in vectors)
+            batch_sizes = [record.batch_size or 1 for record in records]
+            if self.recorder is not None:
+                repeatable = [r.repeatable for r in records if r.repeatable is not None]
+                self.recorder.add_loss(
+                    repeatable, output, target,
+                    share=1.0 if share is None else share, examples=sum(batch_sizes),
+                )  # fmt: skip
+            if not self.active or self.vectors is None:
+                return
+            self._warn_of_mixed_examples()
+            vectors = self.vectors.draw(output.detach(), target, batch_sizes)
+            if share is not None:
+                root = share.sqrt()
+                vectors = (vector * root.to(vector) for vector in vectors)
             self._run_pass(output, vectors)
 
     def _count_once(self, records: Sequence[ForwardRecord], normalizer: Tensor) -> Tensor:

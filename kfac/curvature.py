@@ -347,6 +347,36 @@ class Curvature:
             )
         return self.ready[name]
 
+    # --- going back ----------------------------------------------------------------------------
+
+    def snapshot(self) -> dict[str, Any]:
+        """Copies of all that a step may change; takes as much memory as that."""
+        return {
+            "factors": [{k: t.clone() for k, t in b.factors.items()} for b in self._all_buckets],
+            "weights": [bucket.weight.clone() for bucket in self._all_buckets],
+            "states": [{k: t.clone() for k, t in state.items()} for state in self.states],
+            "records": [dict(d) for d in (self.counters, self.ready, self._seen, self._failures)],
+            "made_from": dict(self._made_from),
+        }
+
+    def restore(self, snapshot: Mapping[str, Any]) -> None:
+        """Go back to a snapshot, bit for bit."""
+        for bucket, factors, weight in zip(
+            self._all_buckets, snapshot["factors"], snapshot["weights"], strict=True
+        ):
+            for key, tensor in factors.items():
+                bucket.factors[key].copy_(tensor)
+            bucket.weight.copy_(weight)
+        for state, saved in zip(self.states, snapshot["states"], strict=True):
+            for key, tensor in saved.items():
+                state[key].copy_(tensor)
+        kept: tuple[dict[str, Any], ...] = (
+            self.counters, self.ready, self._seen, self._failures,
+        )  # fmt: skip
+        for record, saved in zip(kept, snapshot["records"], strict=True):
+            record.update(saved)
+        self._made_from = dict(snapshot["made_from"])
+
     # --- reports and state ---------------------------------------------------------------------
 
     def factor(self, layer: str) -> tuple[Tensor | None, Tensor | None]:

@@ -14,6 +14,7 @@ _BOUNDS = Constraint(
         isinstance(v, tuple) and len(v) == 2 and all(map(POSITIVE.accepts, v)) and v[0] < v[1]
     ),
 )
+_LEAST_RATIO = Constraint("a number <= 1/4", lambda v: isinstance(v, (int, float)) and v <= 1 / 4)
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class LevenbergMarquardt:
         period: Steps between two adaptations.
         decay: ω in (0, 1), per step.
         bounds: Smallest and largest λ, in units of the Fisher.
+        least_ratio: A step with a smaller ρ is undone, as is one to where the loss is not finite.
 
     Raises:
         ValueError: If an argument violates its constraint.
@@ -45,6 +47,7 @@ class LevenbergMarquardt:
     period: int = 5
     decay: float = 19 / 20
     bounds: tuple[float, float] = (1e-5, 1e3)
+    least_ratio: float = 0.0
 
     def __post_init__(self) -> None:
         for argument, value, constraint in (
@@ -52,6 +55,7 @@ class LevenbergMarquardt:
             ("period", self.period, POSITIVE_INTEGER),
             ("decay", self.decay, _DECAY),
             ("bounds", self.bounds, _BOUNDS),
+            ("least_ratio", self.least_ratio, _LEAST_RATIO),
         ):
             check("LevenbergMarquardt", argument, value, constraint)
         lower, upper = self.bounds
@@ -80,6 +84,10 @@ class LevenbergMarquardt:
         elif not ratio >= 1 / 4:
             damping /= factor
         return self._bounded(damping)
+
+    def accepts(self, ratio: float) -> bool:
+        """Whether a step with this ρ is kept."""
+        return ratio >= self.least_ratio
 
     def calibrate(
         self,

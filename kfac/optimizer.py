@@ -3,7 +3,7 @@
 import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +18,14 @@ from kfac.arguments import (
     argument_error,
     check,
 )
+from kfac.automatic import AutomaticStep, ModelSettings
 from kfac.capture import OutputSelector, PositionMask
 from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.inverse import Inverse, InverseName
 from kfac.kronecker import CurvatureBlocks
+from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled
@@ -31,13 +33,21 @@ from kfac.summary import Summary
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
 _LR = Constraint(
-    "a finite number >= 0 or a tensor with one such element",
-    lambda v: NON_NEGATIVE.accepts(v.item() if isinstance(v, Tensor) and v.numel() == 1 else v),
+    "a finite number >= 0, a tensor with one such element or 'auto'",
+    lambda v: (
+        v == "auto"
+        if isinstance(v, str)
+        else NON_NEGATIVE.accepts(v.item() if isinstance(v, Tensor) and v.numel() == 1 else v)
+    ),
+)
+_MOMENTUM = Constraint(
+    "a number in [0, 1) or 'auto'",
+    lambda v: v == "auto" if isinstance(v, str) else UNIT_INTERVAL.accepts(v),
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
 _GROUP_CONSTRAINTS = {
     "lr": _LR,
-    "momentum": UNIT_INTERVAL,
+    "momentum": _MOMENTUM,
     "nesterov": BOOLEAN,
     "weight_decay": NON_NEGATIVE,
     "maximize": BOOLEAN,
@@ -96,12 +106,12 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float | Tensor = 0.05,
-        momentum: float = 0.9,
+        lr: float | Tensor | Literal["auto"] = 0.05,
+        momentum: float | Literal["auto"] = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,
         maximize: bool = False,
-        damping: Damping = 1e-3,
+        damping: Damping | LevenbergMarquardt = 1e-3,
         criterion: nn.Module | Likelihood | None = None,
         outputs: OutputSelector | None = None,
         fisher: FisherType | None = None,
@@ -128,6 +138,14 @@ class KFAC(torch.optim.Optimizer):
             raise argument_error("KFAC", "model", "a torch.nn.Module", model)
         check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
         self.kl_clip = kl_clip
+        rule: LevenbergMarquardt | None = None
+        if isinstance(damping, LevenbergMarquardt):
+            rule, damping = damping, damping.initial or 1.0  # until the first batch is seen
+        self._is_automatic = rule is not None or "auto" in (
+            value for value in (lr, momentum) if isinstance(value, str)
+        )
+        if self._is_automatic:
+            _check_automatic(criterion, fallback, nesterov, maximize)
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -163,7 +181,13 @@ class KFAC(torch.optim.Optimizer):
             max_factor_dim=max_factor_dim,
             seed=seed,
             owner="KFAC",
+            records_calls=self._is_automatic,
         )
+        self._automatic = None
+        if self._is_automatic:
+            given = [None if isinstance(v, str) else float(v) for v in (lr, momentum)]
+            settings = ModelSettings(given[0], given[1], rule, kl_clip)
+            self._automatic = AutomaticStep(self._engine, settings)
         self._fallback_ids: set[int] = set()
         self._fallback_choice = fallback
         self._fallback = self._make_fallback(fallback)
@@ -189,6 +213,8 @@ class KFAC(torch.optim.Optimizer):
         for key, constraint in _GROUP_CONSTRAINTS.items():
             check("KFAC", key, settings[key], constraint)
             param_group[key] = _plain(settings[key])
+        if self._is_automatic:
+            self._check_same_in_all_groups(settings)
         if settings["nesterov"] and settings["momentum"] == 0:
             raise argument_error("KFAC", "nesterov", "False without momentum", True)
         schedule = Scheduled("KFAC", "damping", settings["damping"], POSITIVE)
@@ -203,6 +229,16 @@ class KFAC(torch.optim.Optimizer):
                 self.param_groups.pop()
                 self._damping_schedules.pop()
                 raise
+
+    def _check_same_in_all_groups(self, settings: Mapping[str, Any]) -> None:
+        """The quadratic model has one coefficient for all parameters, and one λ."""
+        for key in ("lr", "momentum", "nesterov", "maximize", "damping"):
+            if settings[key] != self.defaults[key]:
+                raise argument_error(
+                    "KFAC", "params", f"groups with {key}={self.defaults[key]!r}", settings[key],
+                    "A step that a quadratic model chooses is the same for all groups; they may "
+                    "differ in weight_decay.",
+                )  # fmt: skip
 
     def update_layers(self) -> None:
         """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.
@@ -246,6 +282,8 @@ class KFAC(torch.optim.Optimizer):
                 changed then), or if a layer's factors could not be decomposed too many times in a
                 row (the factors have changed, the parameters have not).
         """
+        if self._automatic is not None:
+            return self._take_automatic_step(self._automatic, closure)
         engine = self._engine
         loss = None
         if closure is not None:
@@ -253,6 +291,19 @@ class KFAC(torch.optim.Optimizer):
                 loss = closure()
         with torch.autocast(engine.params[0].device.type, enabled=False):
             self._update()
+        return loss
+
+    def _take_automatic_step(self, step: AutomaticStep, closure: Callable[[], Any] | None) -> Any:
+        if closure is None:
+            raise RuntimeError(
+                "With lr='auto', momentum='auto' or damping=LevenbergMarquardt() a step needs to "
+                "evaluate the model: call optimizer.step(closure), where closure() clears the "
+                "gradients, computes the loss, calls backward() and returns the loss."
+            )
+        self._damping_by_layer()  # reads the schedule
+        loss = step.take(self.param_groups, self.state, closure)
+        for group in self.param_groups:
+            group["damping"] = group["damping"] if step.damping is None else step.damping
         return loss
 
     def _update(self) -> None:
@@ -396,7 +447,8 @@ class KFAC(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""
         super().zero_grad(set_to_none)
-        self._engine.discard()
+        if self._automatic is None or not self._automatic.is_evaluating:
+            self._engine.discard()
 
     # --- reports -------------------------------------------------------------------------------
 
@@ -434,11 +486,13 @@ class KFAC(torch.optim.Optimizer):
         As :meth:`kfac.Preconditioner.diagnostics`, and "kl_clip_scale" (ν of the last step, 1 where
         the trust region did not bind), "damping" (largest over groups) and "lr" (likewise).
         """
-        return self._engine.diagnostics() | {
+        found = self._engine.diagnostics() | {
             "kl_clip_scale": float(self._kl_clip_scale),
             "damping": max(float(group["damping"]) for group in self.param_groups),
-            "lr": max(float(group["lr"]) for group in self.param_groups),
         }
+        if self._automatic is None:
+            return found | {"lr": max(float(group["lr"]) for group in self.param_groups)}
+        return found | self._automatic.figures | {"rejected_steps": self._automatic.rejected}
 
     def remove_hooks(self) -> None:
         """Remove every hook from the model and the criterion; the factors stay as they are."""
@@ -473,9 +527,27 @@ class KFAC(torch.optim.Optimizer):
             self._fallback.load_state_dict(state_dict["fallback"])
 
 
+def _check_automatic(criterion: object, fallback: object, nesterov: bool, maximize: bool) -> None:
+    """Refuse what a step that a quadratic model chooses cannot honour."""
+    means = "with lr='auto', momentum='auto' or damping=LevenbergMarquardt()"
+    if criterion is None:
+        raise argument_error(
+            "KFAC", "criterion", f"the loss module {means}", None,
+            "The quadratic model needs the curvature of the loss.",
+        )  # fmt: skip
+    if fallback != "sgd":
+        raise argument_error(
+            "KFAC", "fallback", f"'sgd' {means}", fallback,
+            "Their gradients are one more direction of the model.",
+        )  # fmt: skip
+    for argument, value in (("nesterov", nesterov), ("maximize", maximize)):
+        if value:
+            raise argument_error("KFAC", argument, f"False {means}", value)
+
+
 def _plain(value: Any) -> Any:
     """A number as Python's own type, which checkpoints hold; tensors and schedules as they are."""
-    if isinstance(value, bool | Tensor) or callable(value):
+    if isinstance(value, bool | str | Tensor) or callable(value):
         return value
     return float(value)
 

@@ -123,6 +123,7 @@ class Preconditioner:
             larger than this; one that would need more keeps its diagonal only.
         seed: Seeds the generator of the sampled labels.
         owner: Class name in error messages.
+        records_calls: Whether the model's calls are kept until the step, to be made again.
 
     Raises:
         ValueError: If an argument violates its constraint; the message says which and what to do.
@@ -162,6 +163,7 @@ class Preconditioner:
         max_factor_dim: int = 1024,
         seed: int = 0,
         owner: str = "Preconditioner",
+        records_calls: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise argument_error(owner, "model", "a torch.nn.Module", model)
@@ -240,6 +242,7 @@ class Preconditioner:
             "loss_terms": loss_terms,
             "position_mask": position_mask,
             "vectors": self._vectors,
+            "records_calls": records_calls,
         }
         self.capture = self._watch()
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from kfac.example_gradients import Basis, squared_gradients
 from kfac.layers import Layer
 from kfac.layers.base import row_moment
+from kfac.recorder import RecordedCall
 
 # Block name, factor "A", "G" or "S", its second moment, the number of rows in it (of an "A").
 Sink = Callable[[str, str, Tensor, int | Tensor], None]
@@ -31,6 +32,7 @@ class ForwardRecord:
         taps: How often each block was tapped.
         calls: Of each block whose example gradients are wanted, the calls of this backward pass.
         sums: Of each block under ``"reduce"``, what has been summed over positions so far.
+        repeatable: What it takes to make the call again, where that is wanted.
     """
 
     batch_size: int | None
@@ -41,6 +43,7 @@ class ForwardRecord:
     taps: Counter[str] = field(default_factory=Counter)
     calls: dict[str, list["Call"]] = field(default_factory=dict)
     sums: dict[str, "PositionSums"] = field(default_factory=dict)
+    repeatable: RecordedCall | None = None
 
 
 class Call(NamedTuple):

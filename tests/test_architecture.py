@@ -21,7 +21,7 @@ ALLOWED = {
     "inverse": {"damping", "factors", "products"},
     "checkpoint": {"factors"},
     "fallback": NOTHING,
-    "statistics": {"example_gradients", "layers"},
+    "statistics": {"example_gradients", "layers", "recorder"},
     "ties": {"layers"},
     "param_groups": {"layers", "names", "ties"},
     "summary": {"layers", "names"},
@@ -61,7 +61,7 @@ ALLOWED = {
         "layers",
     },
 }
-SEES_EVERYTHING = {"optimizer", "preconditioner", "__init__"}
+SEES_EVERYTHING = {"automatic", "optimizer", "preconditioner", "__init__"}
 FORBIDDEN_NAMES = {"utils", "util", "common", "helpers", "helper", "misc"}
 
 

@@ -1,0 +1,400 @@
+"""Steps whose size and momentum minimise a quadratic model, with damping that adapts itself."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac.curvature import Curvature
+from kfac.fisher_products import FisherProducts
+from kfac.hooks import silent_hooks
+from kfac.levenberg_marquardt import LevenbergMarquardt, reduction_ratio
+from kfac.names import unwrapped
+from kfac.preconditioner import Preconditioner
+from kfac.quadratic_model import inner_products, quadratic_model
+from kfac.update import all_finite, kl_clip_scale, predicted_change
+
+ByParameter = Mapping[nn.Parameter, Tensor]
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What of a step is given, and what the quadratic model chooses.
+
+    Attributes:
+        lr: Learning rate; None for the model's choice.
+        momentum: Momentum; None for the model's choice.
+        levenberg_marquardt: The rule for λ; None where λ is given.
+        kl_clip: Trust region of a given learning rate.
+    """
+
+    lr: float | None
+    momentum: float | None
+    levenberg_marquardt: LevenbergMarquardt | None
+    kl_clip: float | None
+
+
+@dataclass
+class ModelStep:
+    """A step δ = Σ cᵢ dᵢ, and what the quadratic model expects of it.
+
+    Attributes:
+        step: δ by parameter.
+        coefficients: c: of the preconditioned gradient, of the last step, and of the gradient of
+            the parameters that K-FAC does not take, if there are any.
+        change: M(δ) − M(0), or what M(0) is measured by.
+    """
+
+    step: dict[nn.Parameter, Tensor]
+    coefficients: list[float]
+    change: float
+
+
+class AutomaticStep:
+    """Chooses and takes the steps of :class:`kfac.KFAC` where anything about them is "auto".
+
+        δ = −α Δ + μ δ₀,   Δ = (A ⊗ G + (λ + η) I)⁻¹ ∇h,   δ₀ the last step
+
+    with α and μ at the minimum of the quadratic model of the objective h(θ) = L(θ) + ½ η‖θ‖², see
+    :mod:`kfac.quadratic_model`. Parameters that K-FAC does not take have a coefficient of their
+    own, for their gradient.
+
+    Args:
+        engine: Factors, inverses and preconditioned gradients.
+        settings: What is given.
+
+    Attributes:
+        damping: λ, None before it is known.
+        figures: Numbers of the last step, for ``diagnostics()``.
+        rejected: Number of steps that were undone.
+
+    Source:
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature", sections 6 and 7.
+    """
+
+    def __init__(self, engine: Preconditioner, settings: ModelSettings) -> None:
+        assert engine.likelihood is not None
+        self._engine = engine
+        self._settings = settings
+        self._products = FisherProducts(unwrapped(engine.model), engine.likelihood)
+        rule = settings.levenberg_marquardt
+        self.damping = None if rule is None else rule.initial
+        self.rejected = 0
+        self.figures = dict.fromkeys(("lr", "momentum", "reduction_ratio"), float("nan"))
+        self.is_evaluating = False
+
+    def take(
+        self, groups: Sequence[Mapping[str, Any]], state: dict[Any, Any], closure: Callable[[], Any]
+    ) -> Any:
+        """Evaluate the closure, and move the parameters.
+
+        Args:
+            groups: The optimizer's parameter groups.
+            state: Its state by parameter, which holds the last step.
+            closure: Evaluates the model on the step's batch, calls ``backward`` and returns the
+                loss. Where λ adapts itself it is called once more in some steps.
+
+        Returns:
+            What the closure returned.
+        """
+        engine, rule = self._engine, self._settings.levenberg_marquardt
+        is_watched = rule is not None and (self.damping is None or rule.is_due(engine.steps))
+        start = Start.of(engine) if is_watched else None
+        with torch.enable_grad():
+            loss = closure()
+        with torch.autocast(engine.params[0].device.type, enabled=False):
+            self._move(groups, state, closure, _number(loss), start)
+        return loss
+
+    def _move(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: dict[Any, Any],
+        closure: Callable[[], Any],
+        loss: float,
+        start: "Start | None",
+    ) -> None:
+        engine = self._engine
+        plan = engine.plan()
+        objective = Objective.of(engine, groups, state)
+        finite = all_finite([*objective.gradients.values(), torch.tensor(loss)])
+        engine.update_factors(finite, 1.0)
+        if not finite:
+            engine.advance(plan, finite)
+            return
+        if start is not None and self.damping is None:
+            self._calibrate(objective, closure, loss, start)
+        damping = self._damping(groups)
+        engine.blocks.refresh(objective.preconditioner_damping(damping), plan.refresh)
+        chosen = self._choose(objective, damping)
+        saved = [p.detach().clone() for p in objective.parameters] if start is not None else []
+        objective.move(chosen.step)
+        self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
+        accept = True
+        if start is not None:
+            ratio = self._ratio(objective, chosen, closure, loss, start)
+            accept = self._adapt(ratio)
+        if accept:
+            for parameter, step in chosen.step.items():
+                state[parameter]["last_step"] = step
+        else:
+            assert start is not None
+            start.restore()
+            objective.restore(saved)
+            self.rejected += 1
+        engine.advance(plan, torch.tensor(True))
+
+    # --- damping -------------------------------------------------------------------------------
+
+    def _damping(self, groups: Sequence[Mapping[str, Any]]) -> float:
+        if self.damping is not None:
+            return self.damping
+        damping: float = groups[0]["damping"]
+        return damping
+
+    def _calibrate(
+        self, objective: "Objective", closure: Callable[[], Any], loss: float, start: "Start"
+    ) -> None:
+        """Find the first λ by trying steps from here."""
+        rule = self._settings.levenberg_marquardt
+        assert rule is not None
+        saved = [p.detach().clone() for p in objective.parameters]
+
+        def ratio_at(damping: float) -> float:
+            by_layer = objective.preconditioner_damping(damping)
+            self._engine.blocks.refresh(by_layer, by_layer.keys())
+            chosen = self._choose(objective, damping)
+            objective.move(chosen.step)
+            ratio = self._ratio(objective, chosen, closure, loss, start)
+            objective.restore(saved)
+            return ratio
+
+        self.damping = rule.calibrate(ratio_at)
+
+    def _adapt(self, ratio: float) -> bool:
+        """Adapt λ to ρ; whether the step is good enough to be kept."""
+        rule = self._settings.levenberg_marquardt
+        assert rule is not None
+        assert self.damping is not None
+        self.figures["reduction_ratio"] = ratio
+        self.damping = rule.adapted(self.damping, ratio)
+        return rule.accepts(ratio)
+
+    def _ratio(
+        self,
+        objective: "Objective",
+        chosen: ModelStep,
+        closure: Callable[[], Any],
+        loss: float,
+        start: "Start",
+    ) -> float:
+        """ρ of a step that has been taken, by calling the closure once more."""
+        with start.again():
+            self.is_evaluating = True
+            try:
+                with torch.enable_grad():
+                    there = _number(closure())
+            finally:
+                self.is_evaluating = False
+        change = (there - loss) / objective.terms + objective.decay_change(chosen.step)
+        return reduction_ratio(change, chosen.change)
+
+    # --- the model -----------------------------------------------------------------------------
+
+    def _choose(self, objective: "Objective", damping: float) -> ModelStep:
+        engine, settings = self._engine, self._settings
+        recorder = engine.capture.recorder
+        assert recorder is not None
+        by_layer = objective.preconditioner_damping(damping)
+        stacks = engine.blocks.precondition(objective.gradients, by_layer)
+        preconditioned = {p: d.to(p.dtype) for p, d in stacks.by_parameter().items()}
+        if settings.lr is not None and settings.kl_clip is not None and preconditioned:
+            self._clip(preconditioned, objective)
+        rest = {p: g for p, g in objective.gradients.items() if p not in preconditioned}
+        given = None if settings.lr is None else -settings.lr
+        directions: list[ByParameter] = [preconditioned, objective.last]
+        fixed: list[float | None] = [given, settings.momentum]
+        if rest:
+            directions.append(rest)
+            fixed.append(given)
+        moving = [i for i, (d, c) in enumerate(zip(directions, fixed, strict=True)) if d and c != 0]
+        fisher = self._products(
+            recorder.calls, [directions[i] for i in moving], engine.capture.terms
+        )
+        engine.ranks.sum_([fisher])
+        model = quadratic_model(
+            fisher / engine.ranks.size,
+            [objective.aligned(directions[i]) for i in moving],
+            objective.aligned(objective.loss_gradients),
+            [p.detach() for p in objective.parameters],
+            damping=[damping] * len(objective.parameters),
+            weight_decay=objective.decays,
+        )
+        found = model.minimizer([fixed[i] for i in moving])
+        coefficients = [0.0] * max(2, len(directions))
+        for i, c in zip(moving, found.tolist(), strict=True):
+            coefficients[i] = c
+        step = {p: torch.zeros_like(p) for p in objective.parameters}
+        for direction, coefficient in zip(directions, coefficients, strict=False):
+            for parameter, d in direction.items():
+                step[parameter].add_(d, alpha=coefficient)
+        return ModelStep(step, coefficients, float(model.change(found)))
+
+    def _clip(self, directions: dict[nn.Parameter, Tensor], objective: "Objective") -> None:
+        settings = self._settings
+        assert settings.lr is not None
+        assert settings.kl_clip is not None
+        tensors = list(directions.values())
+        gradients = [objective.gradients[p] for p in directions]
+        change = predicted_change(tensors, gradients, [settings.lr] * len(tensors))
+        scale = kl_clip_scale(change, settings.kl_clip)
+        for parameter, direction in directions.items():
+            directions[parameter] = direction * scale.to(direction)
+
+
+@dataclass
+class Objective:
+    """h(θ) = L(θ) + ½ Σ η θ² and its gradient at the parameters of now.
+
+    Attributes:
+        parameters: θ: those with a gradient.
+        decays: η of each.
+        loss_gradients: ∇L.
+        gradients: ∇h.
+        last: The last step, of the parameters that took one.
+        terms: What a summed loss is divided by, 1 for a mean one.
+    """
+
+    parameters: list[nn.Parameter]
+    decays: list[float]
+    loss_gradients: dict[nn.Parameter, Tensor]
+    gradients: dict[nn.Parameter, Tensor]
+    last: dict[nn.Parameter, Tensor]
+    terms: float
+    _decay_of: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        engine: Preconditioner,
+        groups: Sequence[Mapping[str, Any]],
+        state: Mapping[Any, Mapping[str, Tensor]],
+    ) -> "Objective":
+        """The objective after a backward pass."""
+        decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
+        losses = engine.mean_gradients(1.0)
+        gradients = {
+            p: g.add(p.detach(), alpha=decays[p]) if decays[p] else g for p, g in losses.items()
+        }
+        terms = 1.0
+        if engine.loss_reduction == "sum":
+            terms = float(engine.capture.terms)
+        return cls(
+            list(losses),
+            [decays[p] for p in losses],
+            losses,
+            gradients,
+            {p: state[p]["last_step"] for p in losses if "last_step" in state.get(p, {})},
+            terms,
+            {layer.name: decays.get(layer.weight.parameter, 0.0) for layer in engine.layers},
+        )
+
+    def preconditioner_damping(self, damping: float) -> dict[str, float]:
+        """λ + η by layer name."""
+        return {name: damping + decay for name, decay in self._decay_of.items()}
+
+    def aligned(self, direction: ByParameter) -> list[Tensor]:
+        """A direction as a tensor for every parameter."""
+        return [direction[p] if p in direction else torch.zeros_like(p) for p in self.parameters]
+
+    def decay_change(self, step: ByParameter) -> float:
+        """½ Σ η ((θ)² − (θ − δ)²) at parameters θ that have taken the step δ."""
+        steps = self.aligned(step)
+        here = [p.detach() - d / 2 for p, d in zip(self.parameters, steps, strict=True)]
+        return float(inner_products([here], [steps], self.decays))
+
+    @torch.no_grad()
+    def move(self, step: ByParameter) -> None:
+        """θ ← θ + δ."""
+        for parameter, delta in step.items():
+            parameter.add_(delta)
+
+    @torch.no_grad()
+    def restore(self, values: Sequence[Tensor]) -> None:
+        """θ ← the values, bit for bit."""
+        for parameter, value in zip(self.parameters, values, strict=True):
+            parameter.copy_(value)
+
+
+class Start:
+    """What a step started from: random numbers, buffers and curvature, to come back to."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Curvature,
+        random: dict[torch.device | None, Tensor],
+        with_curvature: bool,
+    ) -> None:
+        self._model = model
+        self._random = random
+        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
+        self._blocks = blocks
+        self._curvature = blocks.snapshot() if with_curvature else None
+
+    @classmethod
+    def of(cls, engine: Preconditioner, with_curvature: bool = True) -> "Start":
+        """Here and now."""
+        random: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
+        for device in {p.device for p in engine.params if p.device.type == "cuda"}:
+            random[device] = torch.cuda.get_rng_state(device)
+        return cls(engine.model, engine.blocks, random, with_curvature)
+
+    def restore(self) -> None:
+        """Go back."""
+        self._restore_surroundings()
+        if self._curvature is not None:
+            self._blocks.restore(self._curvature)
+
+    @torch.no_grad()
+    def _restore_surroundings(self) -> None:
+        for device, state in self._random.items():
+            if device is None:
+                torch.set_rng_state(state)
+            else:
+                torch.cuda.set_rng_state(state, device)
+        for name, buffer in self._model.named_buffers():
+            buffer.copy_(self._buffers[name])
+
+    @contextmanager
+    def again(self) -> Iterator[None]:
+        """Within it, the step starts again as far as the model can tell; no trace is left."""
+        now = Start(
+            self._model,
+            self._blocks,
+            {
+                d: torch.get_rng_state() if d is None else torch.cuda.get_rng_state(d)
+                for d in self._random
+            },
+            with_curvature=False,
+        )
+        gradients = [(p, p.grad) for p in self._model.parameters()]
+        for parameter, _ in gradients:
+            parameter.grad = None
+        self._restore_surroundings()
+        try:
+            with silent_hooks():
+                yield
+        finally:
+            now._restore_surroundings()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+
+
+def _number(loss: Any) -> float:
+    """A closure's loss, as a tensor or a number."""
+    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -2,7 +2,7 @@
 
 from kfac import covariance
 from kfac.fisher import Likelihood
-from kfac.inverse import Cholesky, Eigen, Ekfac, NewtonSchulz
+from kfac.inverse import Cholesky, Eigen, Ekfac, InverseFree, NewtonSchulz
 from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
@@ -14,6 +14,7 @@ __all__ = [
     "Cholesky",
     "Eigen",
     "Ekfac",
+    "InverseFree",
     "LevenbergMarquardt",
     "Likelihood",
     "NewtonSchulz",

@@ -1,9 +1,10 @@
 """Steps whose size and momentum minimise a quadratic model, with damping that adapts itself."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,12 +30,14 @@ class ModelSettings:
         momentum: Momentum; None for the model's choice.
         levenberg_marquardt: The rule for λ; None where λ is given.
         kl_clip: Trust region of a given learning rate.
+        fraction: Of a batch's examples, those that the model's curvature is estimated from.
     """
 
     lr: float | None
     momentum: float | None
     levenberg_marquardt: LevenbergMarquardt | None
     kl_clip: float | None
+    fraction: float = 1.0
 
 
 @dataclass
@@ -103,50 +106,84 @@ class AutomaticStep:
         """
         engine, rule = self._engine, self._settings.levenberg_marquardt
         is_watched = rule is not None and (self.damping is None or rule.is_due(engine.steps))
-        start = Start.of(engine) if is_watched else None
+        start = Start.of(engine, with_curvature=is_watched)
         with torch.enable_grad():
             loss = closure()
+        recorder = engine.capture.recorder
+        if recorder is None or not recorder.calls:
+            raise RuntimeError(
+                "The closure has not computed a gradient that the quadratic model can be made of. "
+                "It must call the model that K-FAC was given, the criterion, and backward()."
+            )
         with torch.autocast(engine.params[0].device.type, enabled=False):
-            self._move(groups, state, closure, _number(loss), start)
+            evaluated = Evaluated(closure, _number(loss), start, is_watched)
+            if not math.isfinite(evaluated.loss):
+                self._retreat(groups, state, evaluated)
+            self._move(groups, state, evaluated)
         return loss
 
     def _move(
         self,
         groups: Sequence[Mapping[str, Any]],
         state: dict[Any, Any],
-        closure: Callable[[], Any],
-        loss: float,
-        start: "Start | None",
+        evaluated: "Evaluated",
     ) -> None:
         engine = self._engine
         plan = engine.plan()
         objective = Objective.of(engine, groups, state)
-        finite = all_finite([*objective.gradients.values(), torch.tensor(loss)])
+        finite = all_finite([*objective.gradients.values(), torch.tensor(evaluated.loss)])
         engine.update_factors(finite, 1.0)
         if not finite:
             engine.advance(plan, finite)
             return
-        if start is not None and self.damping is None:
-            self._calibrate(objective, closure, loss, start)
+        if evaluated.is_watched and self.damping is None:
+            self._calibrate(objective, evaluated)
         damping = self._damping(groups)
         engine.blocks.refresh(objective.preconditioner_damping(damping), plan.refresh)
         chosen = self._choose(objective, damping)
-        saved = [p.detach().clone() for p in objective.parameters] if start is not None else []
+        saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         objective.move(chosen.step)
         self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
-        accept = True
-        if start is not None:
-            ratio = self._ratio(objective, chosen, closure, loss, start)
-            accept = self._adapt(ratio)
-        if accept:
+        if not evaluated.is_watched or self._adapt(self._ratio(objective, chosen, evaluated)):
             for parameter, step in chosen.step.items():
                 state[parameter]["last_step"] = step
         else:
-            assert start is not None
-            start.restore()
+            evaluated.start.restore()
             objective.restore(saved)
             self.rejected += 1
-        engine.advance(plan, torch.tensor(True))
+        engine.advance(plan, finite)
+
+    @torch.no_grad()
+    def _retreat(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: dict[Any, Any],
+        evaluated: "Evaluated",
+    ) -> None:
+        """Take the last step back, if it is why the loss is not finite, and raise λ."""
+        moved = [p for group in groups for p in group["params"] if "last_step" in state.get(p, {})]
+        saved = [p.detach().clone() for p in moved]
+        for parameter in moved:
+            parameter.sub_(state[parameter]["last_step"])
+        if moved and math.isfinite(self._evaluate(evaluated)):
+            for parameter in moved:
+                del state[parameter]["last_step"]
+            rule = self._settings.levenberg_marquardt
+            if rule is not None and self.damping is not None:
+                self.damping = rule.adapted(self.damping, math.nan, rule.period * 4)
+            self.rejected += 1
+        else:
+            for parameter, value in zip(moved, saved, strict=True):
+                parameter.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs besides the last steps."""
+        return {"damping": self.damping, "rejected": self.rejected, "figures": dict(self.figures)}
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.damping, self.rejected = saved["damping"], saved["rejected"]
+        self.figures = dict(saved["figures"])
 
     # --- damping -------------------------------------------------------------------------------
 
@@ -156,9 +193,7 @@ class AutomaticStep:
         damping: float = groups[0]["damping"]
         return damping
 
-    def _calibrate(
-        self, objective: "Objective", closure: Callable[[], Any], loss: float, start: "Start"
-    ) -> None:
+    def _calibrate(self, objective: "Objective", evaluated: "Evaluated") -> None:
         """Find the first λ by trying steps from here."""
         rule = self._settings.levenberg_marquardt
         assert rule is not None
@@ -169,7 +204,7 @@ class AutomaticStep:
             self._engine.blocks.refresh(by_layer, by_layer.keys())
             chosen = self._choose(objective, damping)
             objective.move(chosen.step)
-            ratio = self._ratio(objective, chosen, closure, loss, start)
+            ratio = self._ratio(objective, chosen, evaluated)
             objective.restore(saved)
             return ratio
 
@@ -181,27 +216,24 @@ class AutomaticStep:
         assert rule is not None
         assert self.damping is not None
         self.figures["reduction_ratio"] = ratio
-        self.damping = rule.adapted(self.damping, ratio)
+        self.damping = rule.adapted(self.damping, ratio, self._engine.steps)
         return rule.accepts(ratio)
 
-    def _ratio(
-        self,
-        objective: "Objective",
-        chosen: ModelStep,
-        closure: Callable[[], Any],
-        loss: float,
-        start: "Start",
-    ) -> float:
-        """ρ of a step that has been taken, by calling the closure once more."""
-        with start.again():
+    def _ratio(self, objective: "Objective", chosen: ModelStep, evaluated: "Evaluated") -> float:
+        """ρ of a step that has been taken."""
+        there = self._evaluate(evaluated)
+        change = (there - evaluated.loss) / objective.terms
+        return reduction_ratio(change + objective.decay_change(chosen.step), chosen.change)
+
+    def _evaluate(self, evaluated: "Evaluated") -> float:
+        """The loss at the present parameters, by calling the closure once more."""
+        with evaluated.start.again():
             self.is_evaluating = True
             try:
                 with torch.enable_grad():
-                    there = _number(closure())
+                    return _number(evaluated.closure())
             finally:
                 self.is_evaluating = False
-        change = (there - loss) / objective.terms + objective.decay_change(chosen.step)
-        return reduction_ratio(change, chosen.change)
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -223,7 +255,10 @@ class AutomaticStep:
             fixed.append(given)
         moving = [i for i, (d, c) in enumerate(zip(directions, fixed, strict=True)) if d and c != 0]
         fisher = self._products(
-            recorder.calls, [directions[i] for i in moving], engine.capture.terms
+            recorder.calls,
+            [directions[i] for i in moving],
+            engine.capture.terms,
+            settings.fraction,
         )
         engine.ranks.sum_([fisher])
         model = quadratic_model(
@@ -254,6 +289,15 @@ class AutomaticStep:
         scale = kl_clip_scale(change, settings.kl_clip)
         for parameter, direction in directions.items():
             directions[parameter] = direction * scale.to(direction)
+
+
+class Evaluated(NamedTuple):
+    """A closure, the loss that it has returned, and what it started from."""
+
+    closure: Callable[[], Any]
+    loss: float
+    start: "Start"
+    is_watched: bool
 
 
 @dataclass

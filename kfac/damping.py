@@ -5,7 +5,7 @@ eigenbasis (``inverse="eigen"``). The factored form damps each factor by itself,
 
     (A + π√λ I) ⊗ (G + √λ/π I),
 
-which needs no eigenbasis (``inverse="cholesky"`` and ``"newton-schulz"``).
+which needs no eigenbasis (``inverse="cholesky"``, ``"newton-schulz"`` and ``"inverse-free"``).
 """
 
 import torch

@@ -36,6 +36,7 @@ class FisherProducts:
         calls: Sequence[RecordedCall],
         directions: Sequence[Direction],
         normalizer: Tensor | float,
+        fraction: float = 1.0,
     ) -> Tensor:
         """The matrix of products.
 
@@ -43,6 +44,7 @@ class FisherProducts:
             calls: The micro-batches since the last step.
             directions: n directions d, by parameter; the parameters that are left out do not move.
             normalizer: Z, by which the sum of all loss terms is divided to give the mean loss.
+            fraction: Estimate the matrix from so many of each call's examples, the first ones.
 
         Returns:
             ``[n, n]``, float64.
@@ -61,10 +63,13 @@ class FisherProducts:
         """
         total: Tensor | float = 0.0
         for call in calls:
+            share = 1.0
+            if fraction < 1 and self.jacobian.is_checked:
+                call, share = call.part(fraction)
             tangents = self.jacobian(call, directions)
             for index, loss in enumerate(call.losses):
                 along = [of_direction[index] for of_direction in tangents]
-                total = total + self._through_loss(loss, along).double() * loss.share
+                total = total + self._through_loss(loss, along).double() * (loss.share / share)
         assert isinstance(total, Tensor), "there are no recorded calls"
         return total / torch.as_tensor(normalizer).to(total)
 

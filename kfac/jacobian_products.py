@@ -43,13 +43,14 @@ class JacobianProducts:
     Attributes:
         mode: How products are computed from now on.
         reason: Why not by forward mode; empty if they are.
+        is_checked: Whether the mode is known to be right.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.mode: Mode = "forward"
         self.reason = ""
         self._model = model
-        self._is_checked = False
+        self.is_checked = False
         self._repeats = True  # until a repeated forward pass gives another output
         _load_forward_mode()
 
@@ -72,9 +73,9 @@ class JacobianProducts:
         if tangents is None:
             tangents = self._by_double_backward(call, named)
             # A function that is differentiable once need not raise: its derivative may be lost.
-            if not (self._is_checked or self._fit_backward(call, named, tangents)):
+            if not (self.is_checked or self._fit_backward(call, named, tangents)):
                 raise self._refusal()
-        self._is_checked = True
+        self.is_checked = True
         return tangents
 
     def _refusal(self) -> RuntimeError:
@@ -96,7 +97,7 @@ class JacobianProducts:
         except NotImplementedError as error:
             self.reason = str(error).split("\n")[0]
             return None
-        if not (self._is_checked or self._fit_backward(call, directions, tangents)):
+        if not (self.is_checked or self._fit_backward(call, directions, tangents)):
             self.reason = "Forward mode does not agree with the backward pass."
             return None
         self.mode = "forward"
@@ -167,7 +168,7 @@ class JacobianProducts:
 
     def _outputs(self, call: RecordedCall, parameters: _Named) -> list[Tensor]:
         outputs = call.run(self._model, parameters)
-        if self._repeats and not self._is_checked:
+        if self._repeats and not self.is_checked:
             self._repeats = _is_repeated(call, outputs)
         return outputs
 

@@ -23,9 +23,11 @@ class LevenbergMarquardt:
 
         ρ > 3/4:  λ ← λ·decay^period        ρ < 1/4:  λ ← λ / decay^period
 
-    every ``period`` steps, where ρ is the reduction of the loss divided by what the quadratic model
-    has predicted. λ stays within its bounds: on a smooth stretch ρ > 3/4 would otherwise drive it
-    to where the first rough one makes the run diverge.
+    every ``period`` steps, and by a single power of the decay in each of the first ``4·period``
+    ones, in which a step is most likely to go wrong. ρ is the reduction of the loss divided by what
+    the quadratic model has predicted. λ stays within its bounds: on a smooth stretch ρ > 3/4 would
+    otherwise drive it to where the first rough one makes the run diverge. A step that is undone
+    raises it by ``4·period`` powers.
 
     Args:
         initial: λ of the first step, within the bounds; None to find it on the first batch, see
@@ -46,8 +48,8 @@ class LevenbergMarquardt:
     initial: float | None = None
     period: int = 5
     decay: float = 19 / 20
-    bounds: tuple[float, float] = (1e-5, 1e3)
-    least_ratio: float = 0.0
+    bounds: tuple[float, float] = (1e-4, 1e3)
+    least_ratio: float = -1.0
 
     def __post_init__(self) -> None:
         for argument, value, constraint in (
@@ -66,21 +68,27 @@ class LevenbergMarquardt:
 
     def is_due(self, step: int) -> bool:
         """Whether λ is adapted after the step that follows ``step`` completed ones."""
-        return (step + 1) % self.period == 0
+        return self._is_early(step) or (step + 1) % self.period == 0
 
-    def adapted(self, damping: float, ratio: float) -> float:
+    def _is_early(self, step: int) -> bool:
+        return step < 4 * self.period
+
+    def adapted(self, damping: float, ratio: float, step: int) -> float:
         """The λ that follows from ρ.
 
         Args:
             damping: λ.
             ratio: ρ; NaN, of a loss that is not finite, counts as a bad prediction.
+            step: Number of completed steps before the one that ρ is of.
 
         Source:
             Martens & Grosse 2015, section 6.5.
         """
-        factor = self.decay**self.period
+        factor = self.decay ** (1 if self._is_early(step) else self.period)
         if ratio > 3 / 4:
             damping *= factor
+        elif not self.accepts(ratio):
+            damping /= self.decay ** (4 * self.period)
         elif not ratio >= 1 / 4:
             damping /= factor
         return self._bounded(damping)
@@ -96,6 +104,7 @@ class LevenbergMarquardt:
         start: float = 1.0,
         factor: float = 10.0,
         acceptable: float = 0.5,
+        least: float = 1e-3,
     ) -> float:
         """The smallest λ on a geometric grid at which the model predicts a step well.
 
@@ -107,6 +116,8 @@ class LevenbergMarquardt:
             start: Where the search begins; a bound instead, if it lies outside.
             factor: Ratio of neighbours on the grid, > 1.
             acceptable: Least ρ that is good enough.
+            least: Where the search ends, if not at the lower bound before. Some nets fit their
+                first batch with any λ, by saturating.
 
         Returns:
             λ; the upper bound if no λ is acceptable.
@@ -116,8 +127,8 @@ class LevenbergMarquardt:
         """
         damping = self._bounded(start)
         if ratio_at(damping) >= acceptable:
-            while damping > self.bounds[0]:
-                lower = self._bounded(damping / factor)
+            while damping > max(least, self.bounds[0]):
+                lower = self._bounded(max(damping / factor, least))
                 if not ratio_at(lower) >= acceptable:
                     break
                 damping = lower

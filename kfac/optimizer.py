@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from kfac import checkpoint
 from kfac.arguments import (
     BOOLEAN,
     NON_NEGATIVE,
@@ -28,7 +29,7 @@ from kfac.kronecker import CurvatureBlocks
 from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
-from kfac.schedules import Scheduled
+from kfac.schedules import Scheduled, growing_period, growing_refresh_period
 from kfac.summary import Summary
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
@@ -76,13 +77,21 @@ class KFAC(torch.optim.Optimizer):
         params: Parameters or parameter groups as for any optimizer; all parameters of the model by
             default. Groups may set ``lr``, ``momentum``, ``nesterov``, ``weight_decay``,
             ``maximize`` and ``damping``; a layer takes the damping of its weight's group.
-        lr: Learning rate >= 0.
-        momentum: In [0, 1).
+        lr: Learning rate >= 0, or ``"auto"``: the size of each step is where the quadratic model of
+            the objective is smallest. Needs a criterion, and a closure in every :meth:`step`.
+        momentum: In [0, 1), or ``"auto"``, likewise.
         nesterov: Nesterov momentum.
-        weight_decay: Decoupled weight decay >= 0, per unit of learning rate.
+        weight_decay: Decoupled weight decay >= 0, per unit of learning rate. Where anything is
+            automatic, the factor of ½‖θ‖² in the objective.
         maximize: Ascend instead of descend.
         kl_clip: Trust region κ: the step is scaled down so that lr²·Δᵀg stays below κ. None for
-            no trust region.
+            no trust region. Has no part in steps with ``lr="auto"``.
+        damping: As in :class:`kfac.Preconditioner`, or :class:`kfac.LevenbergMarquardt`: λ follows
+            how well the quadratic model predicts the loss.
+        factor_update_period: As there; by default 10, and with anything automatic
+            :func:`kfac.schedules.growing_period`.
+        inverse_update_period: As there; by default 100, and with anything automatic
+            :func:`kfac.schedules.growing_refresh_period`.
         fallback: ``"sgd"`` (this optimizer's own learning rate and momentum on the plain
             gradient), ``"adamw"``, or a function from parameter groups to an optimizer. The
             learning rate of the latter two is their own and follows the schedule of ``lr``.
@@ -123,8 +132,8 @@ class KFAC(torch.optim.Optimizer):
         weight_sharing: SharingRule = "expand",
         inverse: InverseName | Inverse = "cholesky",
         factor_decay: float = 0.95,
-        factor_update_period: Period = 10,
-        inverse_update_period: Period = 100,
+        factor_update_period: Period | None = None,
+        inverse_update_period: Period | None = None,
         stagger_refreshes: bool = True,
         refresh_tolerance: float | None = None,
         kl_clip: float | None = 1e-3,
@@ -172,8 +181,7 @@ class KFAC(torch.optim.Optimizer):
             weight_sharing=weight_sharing,
             inverse=inverse,
             factor_decay=factor_decay,
-            factor_update_period=factor_update_period,
-            inverse_update_period=inverse_update_period,
+            **self._periods(factor_update_period, inverse_update_period),
             stagger_refreshes=stagger_refreshes,
             refresh_tolerance=refresh_tolerance,
             grad_scaler=grad_scaler,
@@ -195,6 +203,14 @@ class KFAC(torch.optim.Optimizer):
         # GradScaler then hands over its scale and found_inf instead of deciding by itself.
         self._step_supports_amp_scaling = True
         self._constructed = True
+
+    def _periods(self, factors: Period | None, inverses: Period | None) -> dict[str, Period]:
+        """The periods of factor updates and refreshes, where they were not left to the engine."""
+        if self._is_automatic:
+            factors = growing_period if factors is None else factors
+            inverses = growing_refresh_period if inverses is None else inverses
+        given = {"factor_update_period": factors, "inverse_update_period": inverses}
+        return {name: period for name, period in given.items() if period is not None}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, and after construction find its layers; see :meth:`update_layers`.
@@ -504,11 +520,14 @@ class KFAC(torch.optim.Optimizer):
         """State of the optimizer, loadable by ``torch.load(weights_only=True)``.
 
         Besides torch's "state" and "param_groups": "kfac" (factors in their own dtype and
-        inverses by layer name, seed, counters) and, if there is one, "fallback".
+        inverses by layer name, seed, counters) and, if there is one, "fallback", and "automatic"
+        (λ) where the quadratic model chooses the steps.
         """
         state_dict = super().state_dict() | {"kfac": self._engine.state_dict()}
         if self._fallback is not None:
             state_dict["fallback"] = self._fallback.state_dict()
+        if self._automatic is not None:
+            state_dict["automatic"] = self._automatic.state_dict()
         return state_dict
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -519,10 +538,16 @@ class KFAC(torch.optim.Optimizer):
         """
         self._engine.check_loadable(state_dict.get("kfac"))
         check_fallback(self._fallback, state_dict.get("fallback"))
+        if self._automatic is not None:
+            checkpoint.check_complete(
+                state_dict.get("automatic") or {}, self._automatic.state_dict()
+            )
         super().load_state_dict(
             {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
         )
         self._engine.load_state_dict(state_dict["kfac"])
+        if self._automatic is not None:
+            self._automatic.load_state_dict(state_dict["automatic"])
         if self._fallback is not None:
             self._fallback.load_state_dict(state_dict["fallback"])
 

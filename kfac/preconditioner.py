@@ -107,7 +107,7 @@ class Preconditioner:
         weight_sharing: ``"expand"``, ``"reduce"`` or a function of name and module.
         inverse: ``"cholesky"`` (factored damping), ``"eigen"`` (exact damping), ``"ekfac"`` (exact
             damping, measured eigenvalues), ``"newton-schulz"`` (factored damping by matrix
-            products) or a strategy.
+            products), ``"inverse-free"`` (a root of that inverse, updated) or a strategy.
         factor_decay: β in [0, 1) of the running averages of A and G.
         factor_update_period: Steps between updates of the factors, or a function of the step.
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.

@@ -8,7 +8,7 @@ numbers, and leaves none of them changed.
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -93,6 +93,23 @@ class RecordedLoss:
     share: Tensor | float
     examples: int
 
+    def part(self, count: int, kept: int) -> "RecordedLoss | None":
+        """The loss of the first ``kept`` of ``count`` examples; None if it cannot be told."""
+        output, target, view = self.output.tensor, self.target, self.view
+        if self.examples != count or not output.dim() or len(output) % count:
+            return None
+        terms = len(output) // count * kept
+        if target is not None:
+            if not target.tensor.dim() or len(target.tensor) != len(output):
+                return None
+            target = target._replace(tensor=target.tensor[:terms])
+        if view.layout is not None:
+            if view.stride[0] < max(view.stride):
+                return None
+            view = view._replace(size=(terms, *view.size[1:]))
+        output_part = self.output._replace(tensor=output[:terms])
+        return replace(self, output=output_part, target=target, view=view, examples=kept)
+
 
 @dataclass(eq=False)
 class RecordedCall:
@@ -123,6 +140,34 @@ class RecordedCall:
         dtypes = {dtype for enabled, dtype in self.autocast.values() if enabled}
         dtypes |= {loss.output.tensor.dtype for loss in self.losses}
         return max(torch.finfo(dtype).eps for dtype in dtypes)
+
+    def part(self, fraction: float) -> tuple["RecordedCall", float]:
+        """The call on the first of its examples.
+
+        Args:
+            fraction: How many of them, in (0, 1].
+
+        Returns:
+            The call, and the share of the examples that are in it: 1, and the call itself, where it
+            is not known which axes hold the examples.
+        """
+        tensors = list(tensors_in(tree_map_only(Kept, Kept.get, (self.args, self.kwargs))))
+        count = len(tensors[0]) if tensors and tensors[0].dim() else 0
+        kept = max(1, round(fraction * count))
+        losses = [loss.part(count, kept) for loss in self.losses]
+        if kept >= count or any(loss is None for loss in losses):
+            return self, 1.0
+
+        def cut(value: Kept) -> Kept:
+            has_examples = value.tensor.dim() > 0 and len(value.tensor) == count
+            return value._replace(tensor=value.tensor[:kept]) if has_examples else value
+
+        args, kwargs = tree_map_only(Kept, cut, (self.args, self.kwargs), is_leaf=_is_kept)
+        call = replace(
+            self, args=args, kwargs=kwargs, outputs=[cut(output) for output in self.outputs],
+            losses=[loss for loss in losses if loss is not None],
+        )  # fmt: skip
+        return call, kept / count
 
     def run(self, model: nn.Module, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """Call the model again, with other parameters.

@@ -44,3 +44,17 @@ class Scheduled(Generic[T]):
         value = self.value(step)
         check(self.owner, self.argument, value, self.constraint, f"(its schedule at step {step})")
         return value
+
+
+def growing_period(step: int) -> int:
+    """Period of factor updates that starts at 1 and grows by 1 every 100 steps, to 10.
+
+    The curvature changes fastest at the start of a training, and a statistic then costs no more
+    than later.
+    """
+    return min(10, 1 + step // 100)
+
+
+def growing_refresh_period(step: int) -> int:
+    """Five times :func:`growing_period`."""
+    return 5 * growing_period(step)

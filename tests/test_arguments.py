@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfac import KFAC, Cholesky, Eigen, NewtonSchulz, Preconditioner
+from kfac import KFAC, Cholesky, Eigen, InverseFree, NewtonSchulz, Preconditioner
 
 NAN, INF = float("nan"), float("inf")
 CRITERION = nn.CrossEntropyLoss()
@@ -26,13 +26,13 @@ def groups(**settings: Any) -> Callable[[nn.Module], list[dict[str, Any]]]:
 KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     *[("lr", value, {}) for value in (-0.1, NAN, INF, "0.1", None, torch.ones(2))],
     *[("lr", torch.tensor(value), {}) for value in (-1.0, NAN)],
-    *[("momentum", value, {}) for value in (-0.1, 1.0, NAN, True, "auto")],
-    ("lr", "auto", {}),
+    *[("momentum", value, {}) for value in (-0.1, 1.0, NAN, True, "automatic")],
+    ("lr", "automatic", {}),
     ("nesterov", 1, {}),
     ("nesterov", True, {"momentum": 0.0}),
     *[("weight_decay", value, {}) for value in (-1e-4, INF, None)],
     ("maximize", "yes", {}),
-    *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "auto")],
+    *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "automatic")],
     *[("fallback", value, {"skip": ["*"]}) for value in ("adam", None, 3)],
     ("fallback", lambda groups: "not an optimizer", {"skip": ["*"]}),
     ("fallback", lambda groups: torch.optim.SGD([torch.ones(1)], 1.0), {"skip": ["*"]}),
@@ -43,7 +43,7 @@ KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
 ]
 SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     ("model", "not a module", {}),
-    *[("damping", value, {}) for value in (0.0, -1.0, NAN, INF, None, "auto", True)],
+    *[("damping", value, {}) for value in (0.0, -1.0, NAN, INF, None, "automatic", True)],
     ("damping", lambda step: 0.0, {}),
     *[("criterion", value, {}) for value in (nn.L1Loss(), nn.CrossEntropyLoss, "mean")],
     ("reduction", "none", {"criterion": nn.CrossEntropyLoss(reduction="none")}),
@@ -62,10 +62,10 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("weight_sharing", value, {}) for value in ("mean", None, lambda name, module: None)],
     *[("inverse", value, {}) for value in ("qr", Cholesky, None, 1)],
     *[("factor_decay", value, {}) for value in (-0.1, 1.0, NAN, None)],
-    *[("factor_update_period", value, {}) for value in (0, -1, 1.5, True, None)],
+    *[("factor_update_period", value, {}) for value in (0, -1, 1.5, True)],
     ("factor_update_period", lambda step: 0, {}),
     *[("stagger_refreshes", value, {}) for value in (1, None, "yes")],
-    *[("refresh_tolerance", value, {}) for value in (0.0, -0.1, NAN, INF, True, "auto")],
+    *[("refresh_tolerance", value, {}) for value in (0.0, -0.1, NAN, INF, True, "automatic")],
     *[("inverse_update_period", value, {}) for value in (0, 2.5, "never")],
     ("inverse_update_period", lambda step: step / 2, {}),
     ("grad_scaler", 1024.0, {}),
@@ -123,7 +123,7 @@ def test_a_lazy_model_is_refused() -> None:
         KFAC(nn.Sequential(nn.LazyLinear(2)), lr=0.1)
 
 
-@pytest.mark.parametrize("strategy", [Cholesky, Eigen, NewtonSchulz])
+@pytest.mark.parametrize("strategy", [Cholesky, Eigen, InverseFree, NewtonSchulz])
 @pytest.mark.parametrize("value", [0, -1, 1.5, None])
 def test_a_strategy_checks_its_own_settings(strategy: type, value: Any) -> None:
     with pytest.raises(
@@ -142,6 +142,18 @@ def test_a_strategy_checks_its_own_settings(strategy: type, value: Any) -> None:
 def test_the_iteration_checks_its_own_settings(setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"NewtonSchulz\({setting}=\.\.\.\) must be"):
         NewtonSchulz(**{setting: value})
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        *(("iterations", value) for value in (0, -1, 1.5, True, None)),
+        *(("step_size", value) for value in (0.0, -0.5, 1.5, NAN, INF, True, None, "1")),
+    ],
+)
+def test_the_inverse_free_update_checks_its_own_settings(setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"InverseFree\({setting}=\.\.\.\) must be"):
+        InverseFree(**{setting: value})
 
 
 def test_a_schedule_that_turns_bad_fails_before_anything_changes() -> None:

@@ -247,7 +247,7 @@ def resumed(**settings: Any) -> tuple[list[Tensor], list[Tensor]]:
     return results[0], results[1]
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac", "newton-schulz", "inverse-free"])
 def test_a_resumed_run_is_the_same(inverse: str) -> None:
     whole, resumed_run = resumed(inverse=inverse, inverse_update_period=4)
     for one, other in zip(whole, resumed_run, strict=True):

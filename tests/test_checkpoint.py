@@ -21,6 +21,8 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "forward-only": {"fisher": "forward-only"},
     "newton-schulz": {"fisher": "mc", "inverse": "newton-schulz"},
     "newton-schulz, at every step": {"inverse": "newton-schulz", "inverse_update_period": 1},
+    "inverse-free": {"fisher": "mc", "inverse": "inverse-free"},
+    "inverse-free, at every step": {"inverse": "inverse-free", "inverse_update_period": 1},
     "warm start": {"inverse": Eigen(warm_start=True)},
     "warm start, at every step": {"inverse": Eigen(warm_start=True), "inverse_update_period": 1},
     "some refreshes skipped": {"inverse_update_period": 1, "refresh_tolerance": 0.5},

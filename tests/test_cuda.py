@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "type-2, reduce, eigen": {"fisher": "type-2", "weight_sharing": "reduce", "inverse": "eigen"},
     "type-2, ekfac": {"fisher": "type-2", "inverse": "ekfac"},
     "type-2, newton-schulz": {"fisher": "type-2", "inverse": "newton-schulz"},
+    "type-2, inverse-free": {"fisher": "type-2", "inverse": "inverse-free"},
     "type-2, warm start": {"fisher": "type-2", "inverse": Eigen(warm_start=True)},
     "type-2, some refreshes skipped": {"fisher": "type-2", "refresh_tolerance": 0.5},
     "empirical, small factors": {"fisher": "empirical", "max_factor_dim": 5},

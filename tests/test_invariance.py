@@ -366,7 +366,7 @@ def test_large_damping_is_gradient_descent(fisher: str, inverse: str) -> None:
         torch.testing.assert_close(after, before.detach() - gradient, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("inverse", ["eigen", "cholesky", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["eigen", "cholesky", "newton-schulz", "inverse-free"])
 def test_autocast_around_the_step_changes_nothing(inverse: str) -> None:
     results = []
     for enabled in (False, True):

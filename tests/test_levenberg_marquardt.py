@@ -28,19 +28,29 @@ def test_a_bad_setting_fails_at_construction(argument: str, value: Any) -> None:
 
 
 def check_rule() -> None:
-    rule = LevenbergMarquardt(period=3, decay=0.5, bounds=(1e-3, 1e3))
-    for ratio, factor in [
-        (0.76, 1 / 8),
-        (5.0, 1 / 8),
-        (0.75, 1.0),
-        (0.25, 1.0),
-        (0.24, 8.0),
-        (-2.0, 8.0),
-        (NAN, 8.0),
-        (INF, 1 / 8),
-        (-INF, 8.0),
+    rule = LevenbergMarquardt(period=3, decay=0.5, bounds=(1e-4, 1e4), least_ratio=-2.0)
+    for ratio, factor, early in [
+        (0.76, 1 / 8, 1 / 2),
+        (5.0, 1 / 8, 1 / 2),
+        (0.75, 1.0, 1.0),
+        (0.25, 1.0, 1.0),
+        (0.24, 8.0, 2.0),
+        (-2.0, 8.0, 2.0),
+        (-2.1, 4096.0, 4096.0),
+        (NAN, 4096.0, 4096.0),
+        (INF, 1 / 8, 1 / 2),
+        (-INF, 4096.0, 4096.0),
     ]:
-        assert rule.adapted(1.0, ratio) == factor
+        assert rule.adapted(1.0, ratio, 12) == rule.adapted(1.0, ratio, 1000) == factor
+        assert rule.adapted(1.0, ratio, 0) == rule.adapted(1.0, ratio, 11) == early
+
+
+def test_steps_that_made_it_much_worse_are_not_kept() -> None:
+    rule = LevenbergMarquardt(least_ratio=-2.0)
+    assert rule.accepts(-2.0)
+    assert rule.accepts(INF)
+    for ratio in (-2.1, -INF, NAN):
+        assert not rule.accepts(ratio)
 
 
 def test_damping_follows_the_ratio() -> None:
@@ -51,21 +61,21 @@ def test_damping_stays_within_its_bounds() -> None:
     rule = LevenbergMarquardt(bounds=(1e-2, 10.0))
     low = high = 1.0
     for _ in range(100):
-        low, high = rule.adapted(low, 1.0), rule.adapted(high, 0.0)
+        low, high = rule.adapted(low, 1.0, 99), rule.adapted(high, 0.0, 99)
     assert (low, high) == (1e-2, 10.0)
-    assert rule.adapted(1e-2, 0.0) > 1e-2
-    assert rule.adapted(10.0, 1.0) < 10.0
+    assert rule.adapted(1e-2, 0.0, 99) > 1e-2
+    assert rule.adapted(10.0, 1.0, 99) < 10.0
 
 
-def test_damping_is_adapted_once_in_a_period() -> None:
+def test_damping_is_adapted_in_all_early_steps_and_then_once_in_a_period() -> None:
     rule = LevenbergMarquardt(period=4)
-    assert [step for step in range(12) if rule.is_due(step)] == [3, 7, 11]
+    assert [step for step in range(28) if rule.is_due(step)] == [*range(16), 19, 23, 27]
     assert all(LevenbergMarquardt(period=1).is_due(step) for step in range(3))
 
 
 def check_search() -> None:
     rule = LevenbergMarquardt(bounds=(1e-4, 1e4))
-    for threshold, found in [(0.03, 0.1), (20.0, 100.0), (1e-9, 1e-4), (1e9, 1e4), (1.0, 1.0)]:
+    for threshold, found in [(0.03, 0.1), (20.0, 100.0), (1e-9, 1e-3), (1e9, 1e4), (1.0, 1.0)]:
         asked: list[float] = []
 
         def ratio_at(
@@ -107,18 +117,20 @@ def test_ratio_of_reductions() -> None:
     ("mutant", "test"),
     [
         (
-            lambda original, self, damping, ratio: damping**2 / original(self, damping, ratio),
-            check_rule,
-        ),
-        (
-            lambda original, self, damping, ratio: (
-                damping if ratio != ratio else original(self, damping, ratio)
+            lambda original, self, damping, ratio, step: (
+                damping**2 / original(self, damping, ratio, step)
             ),
             check_rule,
         ),
         (
-            lambda original, self, damping, ratio: (
-                damping * (original(self, damping, ratio) / damping) ** (1 / self.period)
+            lambda original, self, damping, ratio, step: (
+                damping if ratio != ratio else original(self, damping, ratio, step)
+            ),
+            check_rule,
+        ),
+        (
+            lambda original, self, damping, ratio, step: (
+                damping * (original(self, damping, ratio, step) / damping) ** (1 / self.period)
             ),
             check_rule,
         ),

@@ -77,7 +77,7 @@ def test_without_staggering_all_have_it_at_once() -> None:
     assert refreshed[4] == refreshed[9] == names
 
 
-@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac", "newton-schulz"])
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen", "ekfac", "newton-schulz", "inverse-free"])
 def test_a_period_of_one_is_the_same_either_way(inverse: str) -> None:
     results = []
     for staggered in (True, False):

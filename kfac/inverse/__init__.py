@@ -4,6 +4,7 @@ from kfac.inverse.base import Inverse, InverseName, merge, resolve
 from kfac.inverse.cholesky import Cholesky
 from kfac.inverse.eigen import Eigen
 from kfac.inverse.ekfac import Ekfac
+from kfac.inverse.inverse_free import InverseFree
 from kfac.inverse.newton_schulz import NewtonSchulz
 
 STRATEGIES: dict[str, type[Inverse]] = {
@@ -11,6 +12,7 @@ STRATEGIES: dict[str, type[Inverse]] = {
     "eigen": Eigen,
     "ekfac": Ekfac,
     "newton-schulz": NewtonSchulz,
+    "inverse-free": InverseFree,
 }
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "Eigen",
     "Ekfac",
     "Inverse",
+    "InverseFree",
     "InverseName",
     "NewtonSchulz",
     "merge",

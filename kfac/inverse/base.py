@@ -11,7 +11,7 @@ from torch import Tensor
 from kfac.arguments import POSITIVE_INTEGER, argument_error, check
 from kfac.factors import BlockShape
 
-InverseName = Literal["cholesky", "eigen", "ekfac", "newton-schulz"]
+InverseName = Literal["cholesky", "eigen", "ekfac", "newton-schulz", "inverse-free"]
 
 
 @dataclass(frozen=True)

@@ -111,16 +111,16 @@ def _damping_amounts(
 
 
 def _parts(state: Mapping[str, Tensor], factor: str, rows: int) -> list[dict[str, Tensor]]:
-    """A factor's part of a state, cut like its blocks: what is one number per block as well."""
+    """A factor's part of a state, cut like its blocks: whatever there is one of for each."""
     own = {
         key.removeprefix(f"{factor}_"): tensor
         for key, tensor in state.items()
         if key.startswith(f"{factor}_")
     }
-    inverses = whole_blocks(own.pop("inverse"), rows)
-    counts = [blocks.shape[2] for blocks in inverses]
-    numbers = {key: torch.split(tensor, counts, 2) for key, tensor in own.items()}
-    return [
-        {"inverse": blocks} | {key: parts[i] for key, parts in numbers.items()}
-        for i, blocks in enumerate(inverses)
-    ]
+    like = own["inverse"]
+    counts = [blocks.shape[2] for blocks in whole_blocks(like, rows)]
+    cut = {
+        key: whole_blocks(t, rows) if t.shape == like.shape else torch.split(t, counts, 2)
+        for key, t in own.items()
+    }
+    return [{key: parts[i] for key, parts in cut.items()} for i in range(len(counts))]

@@ -7,7 +7,7 @@ from kfac.products import multiply
 
 # Columns of V. Where a single direction has moved, the square of the estimate has a χ² distribution
 # with so many degrees of freedom: the estimate is 10 times too small less than once in 10⁶.
-_COLUMNS = 8
+COLUMNS = 8
 _SEED = 0
 
 
@@ -19,8 +19,8 @@ def probes(factor: Tensor, rows: int) -> Tensor:
         rows: Number of rows of the factor.
     """
     generator = torch.Generator().manual_seed(_SEED)
-    v = torch.randn(rows, _COLUMNS, generator=generator, dtype=torch.float32)
-    return v.to(factor, non_blocking=True).expand(*factor.shape[:2], rows, _COLUMNS)
+    v = torch.randn(rows, COLUMNS, generator=generator, dtype=torch.float32)
+    return v.to(factor, non_blocking=True).expand(*factor.shape[:2], rows, COLUMNS)
 
 
 def relative_residual(factor: Tensor, amount: Tensor, solved: Tensor, v: Tensor) -> Tensor:

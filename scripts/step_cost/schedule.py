@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from math import lcm
 from typing import NamedTuple
 
-from kfac import KFAC
+from kfac import Preconditioner
 from kfac.curvature import Curvature
 
 Layers = frozenset[str]
@@ -87,7 +87,7 @@ def cycle(blocks: Curvature, periods: Periods, *, staggered: bool) -> Cycle:
 
 def parse_periods(text: str) -> Periods:
     if text == "default":
-        defaults = inspect.signature(KFAC).parameters
+        defaults = inspect.signature(Preconditioner).parameters
         names = ("factor_update_period", "inverse_update_period")
         return Periods(*(defaults[name].default for name in names))
     factor, slash, inverse = text.partition("/")

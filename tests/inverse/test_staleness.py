@@ -12,13 +12,14 @@ from torch import Tensor, nn
 
 import kfac.inverse.eigen as eigen
 import kfac.inverse.factored as factored
-from kfac import KFAC, Cholesky, Eigen, Ekfac, NewtonSchulz, Preconditioner
+from kfac import KFAC, Cholesky, Eigen, Ekfac, InverseFree, NewtonSchulz, Preconditioner
 from kfac.factors import BlockShape
 from kfac.inverse import Inverse
 
 LAMBDA = 1e-2
 STRATEGIES: list[Inverse] = [
-    Cholesky(), Eigen(), Eigen(warm_start=True), Ekfac(), NewtonSchulz()
+    Cholesky(), Eigen(), Eigen(warm_start=True), Ekfac(), NewtonSchulz(),
+    InverseFree(iterations=40),
 ]  # fmt: skip
 STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: repr(s)[:30])
 State = dict[str, Tensor]

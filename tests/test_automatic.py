@@ -93,7 +93,8 @@ def reference_step(
     fisher = j.T @ oracles.loss_hessian(model(batch[0]), batch[1], criterion) @ j
     slope = gradient + ETA * theta
     direction, rest = torch.zeros_like(slope), slope.clone()
-    places = dict(zip(parameters, torch.arange(len(slope)).split([p.numel() for p in parameters])))
+    numbers = torch.arange(len(slope)).split([p.numel() for p in parameters])
+    places = dict(zip(parameters, numbers, strict=True))
     for name, layer in model.named_modules():
         if not isinstance(layer, nn.Linear):
             continue
@@ -490,9 +491,10 @@ def forgotten(name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., None], tuple]] = {
     "weight decay missing from the preconditioner's damping": (
-        replace(Objective, "preconditioner_damping", lambda original, self, d: {
-            name: d for name in original(self, d)
-        }),
+        replace(
+            Objective, "preconditioner_damping",
+            lambda original, self, d: dict.fromkeys(original(self, d), d),
+        ),
         check_steps, ("layers", "everything automatic"),
     ),
     "the damping missing from the model": (

@@ -46,6 +46,7 @@ _MOMENTUM = Constraint(
     lambda v: v == "auto" if isinstance(v, str) else UNIT_INTERVAL.accepts(v),
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+_FRACTION = Constraint("a number in (0, 1]", lambda v: POSITIVE.accepts(v) and v <= 1)
 _GROUP_CONSTRAINTS = {
     "lr": _LR,
     "momentum": _MOMENTUM,
@@ -86,6 +87,9 @@ class KFAC(torch.optim.Optimizer):
         maximize: Ascend instead of descend.
         kl_clip: Trust region κ: the step is scaled down so that lr²·Δᵀg stays below κ. None for
             no trust region. Has no part in steps with ``lr="auto"``.
+        model_fraction: In automatic steps, the share of a batch's examples (the first ones) that
+            the curvature of the quadratic model is estimated from, in (0, 1]. Where it is not known
+            which axes hold the examples, all are used.
         damping: As in :class:`kfac.Preconditioner`, or :class:`kfac.LevenbergMarquardt`: λ follows
             how well the quadratic model predicts the loss.
         factor_update_period: As there; by default 10, and with anything automatic
@@ -137,6 +141,7 @@ class KFAC(torch.optim.Optimizer):
         stagger_refreshes: bool = True,
         refresh_tolerance: float | None = None,
         kl_clip: float | None = 1e-3,
+        model_fraction: float = 1.0,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
         fallback: FallbackName | OptimizerFactory = "sgd",
@@ -146,6 +151,7 @@ class KFAC(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise argument_error("KFAC", "model", "a torch.nn.Module", model)
         check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
+        check("KFAC", "model_fraction", model_fraction, _FRACTION)
         self.kl_clip = kl_clip
         rule: LevenbergMarquardt | None = None
         if isinstance(damping, LevenbergMarquardt):
@@ -155,6 +161,12 @@ class KFAC(torch.optim.Optimizer):
         )
         if self._is_automatic:
             _check_automatic(criterion, fallback, nesterov, maximize)
+        elif model_fraction != 1:
+            raise argument_error(
+                "KFAC", "model_fraction", "1 without automatic steps", model_fraction,
+                "Only with lr='auto', momentum='auto' or damping=LevenbergMarquardt() is there a "
+                "quadratic model.",
+            )  # fmt: skip
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -194,7 +206,7 @@ class KFAC(torch.optim.Optimizer):
         self._automatic = None
         if self._is_automatic:
             given = [None if isinstance(v, str) else float(v) for v in (lr, momentum)]
-            settings = ModelSettings(given[0], given[1], rule, kl_clip)
+            settings = ModelSettings(given[0], given[1], rule, kl_clip, model_fraction)
             self._automatic = AutomaticStep(self._engine, settings)
         self._fallback_ids: set[int] = set()
         self._fallback_choice = fallback

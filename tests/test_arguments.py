@@ -32,6 +32,7 @@ KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     ("nesterov", True, {"momentum": 0.0}),
     *[("weight_decay", value, {}) for value in (-1e-4, INF, None)],
     ("maximize", "yes", {}),
+    *[("model_fraction", value, {}) for value in (0.0, -0.5, 1.5, NAN, "all", 0.5)],
     *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "automatic")],
     *[("fallback", value, {"skip": ["*"]}) for value in ("adam", None, 3)],
     ("fallback", lambda groups: "not an optimizer", {"skip": ["*"]}),

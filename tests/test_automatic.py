@@ -207,6 +207,19 @@ def test_the_prediction_is_exact_for_a_quadratic_objective(weight_decay: float) 
     check_ratio(weight_decay)
 
 
+def test_the_curvature_may_be_estimated_from_some_of_the_examples() -> None:
+    found = []
+    for repeated in (1, 3):
+        torch.manual_seed(0)
+        problem = Problem(batches=[(randn(8, 4), labels(8)) for _ in range(3)])
+        problem.batches = [(x.repeat(repeated, 1), y.repeat(repeated)) for x, y in problem.batches]
+        optimizer = problem.optimizer(model_fraction=1 / repeated)
+        problem.train(optimizer)
+        found.append(values(problem.model))
+    for one, other in zip(*found, strict=True):
+        close(one, other)
+
+
 def test_a_summed_loss_takes_the_same_steps() -> None:
     found = []
     for reduction in ("mean", "sum"):

@@ -34,8 +34,14 @@ class Watched:
         self.model = model
         self.recorder = Recorder(unwrapped(model), select)
         self.latest: RecordedCall | None = None
-        model.register_forward_pre_hook(self._before, with_kwargs=True)
-        model.register_forward_hook(self._after)
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
     def _before(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         self.latest = self.recorder.begin(args, kwargs)
@@ -155,6 +161,53 @@ def check_products(
 @pytest.mark.parametrize("case", CASES)
 def test_products_are_those_of_the_dense_matrix(case: str, reduction: str) -> None:
     assert check_products(case, reduction).jacobian.mode == "forward"
+
+
+def check_a_part(case: str, fraction: float = 0.5) -> None:
+    """The estimate from the first half of a batch is the whole of a batch with that half."""
+    torch.manual_seed(1)
+    make, target = CASES[case]
+    model = Net(positions=case == "positions").double().eval()
+    likelihood = likelihood_of(make(reduction="sum"), None, "KFAC")
+    d, x, found = directions(model), batch(), []
+    for rows in (4, 2):
+        watched = Watched(model)
+        products = FisherProducts(model, likelihood)
+        watched.add_loss(model(x[:rows]), target[:rows], examples=rows)
+        calls = watched.recorder.calls
+        whole = products(calls, d, 1.0)  # the first products are of all examples, and checked
+        found.append(products(calls, d, 1.0, fraction) if rows == 4 else whole)
+        watched.remove()
+    torch.testing.assert_close(found[0], found[1] * 2, **EXACT)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_estimate_is_made_of_the_first_examples(case: str) -> None:
+    check_a_part(case)
+
+
+def test_a_mutant_that_forgets_how_many_there_are_is_caught(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    replace(
+        RecordedCall, "part", lambda original, self, fraction: (original(self, fraction)[0], 1.0)
+    )(monkeypatch)
+    with pytest.raises(AssertionError):
+        check_a_part("cross-entropy")
+
+
+def test_where_the_examples_are_not_known_all_are_used() -> None:
+    class Recurrent(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mT.reshape(-1, 3)  # examples are the second axis
+
+    model = nn.Sequential(nn.Linear(3, 3), Recurrent()).double()
+    watched = Watched(model)
+    watched.add_loss(model(torch.randn(5, 3).double()), torch.randn(5, 3).double(), examples=4)
+    (call,) = watched.recorder.calls
+    part, share = call.part(0.5)
+    assert part is call
+    assert share == 1
 
 
 @pytest.mark.parametrize("case", CASES)

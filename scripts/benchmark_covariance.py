@@ -351,8 +351,8 @@ def summary(results: Sequence[Result]) -> dict[str, float]:
 def print_summary(title: str, results: Sequence[Result]) -> None:
     numbers = summary(results)
     print(
-        f"{title}: {numbers['best_im2col_over_ours']:.1f}× faster than the best im2col "
-        f"(at least {numbers['worst_best_im2col_over_ours']:.1f}×), "
+        f"{title}: {numbers['best_im2col_over_ours']:.2g}× faster than the best im2col "
+        f"(at least {numbers['worst_best_im2col_over_ours']:.2g}×), "
         f"{numbers['ours_over_forward']:.2f}× the forward convolution"
     )
 

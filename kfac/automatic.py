@@ -116,7 +116,7 @@ class AutomaticStep:
                 "It must call the model that K-FAC was given, the criterion, and backward()."
             )
         with torch.autocast(engine.params[0].device.type, enabled=False):
-            evaluated = Evaluated(closure, _number(loss), start, is_watched)
+            evaluated = Evaluated(closure, self._mean(loss), start, is_watched)
             if not math.isfinite(evaluated.loss):
                 self._retreat(groups, state, evaluated)
             self._move(groups, state, evaluated)
@@ -231,9 +231,19 @@ class AutomaticStep:
             self.is_evaluating = True
             try:
                 with torch.enable_grad():
-                    return _number(evaluated.closure())
+                    return self._mean(evaluated.closure())
             finally:
                 self.is_evaluating = False
+
+    def _mean(self, loss: Any) -> float:
+        """A closure's loss as a number, over all processes: all of them have to do the same."""
+        ranks = self._engine.ranks
+        if ranks.size == 1:
+            return float(loss.detach() if isinstance(loss, Tensor) else loss)
+        device = self._engine.params[0].device
+        value = torch.as_tensor(loss, dtype=torch.float64, device=device).detach().clone()
+        ranks.sum_([value])
+        return float(value) / ranks.size
 
     # --- the model -----------------------------------------------------------------------------
 
@@ -336,7 +346,7 @@ class Objective:
         }
         terms = 1.0
         if engine.loss_reduction == "sum":
-            terms = float(engine.capture.terms)
+            terms = float(engine.mean_loss_terms())
         return cls(
             list(losses),
             [decays[p] for p in losses],
@@ -437,8 +447,3 @@ class Start:
             now._restore_surroundings()
             for parameter, gradient in gradients:
                 parameter.grad = gradient
-
-
-def _number(loss: Any) -> float:
-    """A closure's loss, as a tensor or a number."""
-    return float(loss.detach() if isinstance(loss, Tensor) else loss)

@@ -342,7 +342,7 @@ class Preconditioner:
             )
         divisor = gradient_scale
         if self.loss_reduction == "sum" and gradients:
-            divisor = divisor * self._mean_loss_terms()
+            divisor = divisor * self.mean_loss_terms()
         if not isinstance(divisor, Tensor) and divisor == 1.0:
             return gradients
         return {p: g / torch.as_tensor(divisor).to(g) for p, g in gradients.items()}
@@ -375,7 +375,7 @@ class Preconditioner:
             return empirical_scale(self._loss_terms(), self.loss_reduction, gradient_scale)
         return self._loss_terms().reciprocal()
 
-    def _mean_loss_terms(self) -> Tensor:
+    def mean_loss_terms(self) -> Tensor:
         """Loss terms per process, which averaged gradients of a summed loss are divided by."""
         terms = self._loss_terms().clone()
         if self.ranks.size > 1:

@@ -12,9 +12,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kfac import KFAC
+from kfac import KFAC, LevenbergMarquardt
 
 RANKS = 2
+AUTOMATIC: dict[str, Any] = {
+    "lr": "auto", "momentum": "auto", "damping": LevenbergMarquardt(period=2), "weight_decay": 0.01,
+}  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {
     "empirical": {"fisher": "empirical"},
     "type-2": {"fisher": "type-2"},
@@ -24,6 +27,8 @@ CASES: dict[str, dict[str, Any]] = {
     "empirical, sum": {"fisher": "empirical", "reduction": "sum"},
     "tokens, type-2": {"fisher": "type-2"},
     "tokens, empirical, ekfac": {"fisher": "empirical", "inverse": "ekfac"},
+    "automatic": {"fisher": "type-2", **AUTOMATIC},
+    "automatic, sum": {"fisher": "type-2", "reduction": "sum", **AUTOMATIC},
 }
 
 
@@ -64,15 +69,20 @@ def train(model: nn.Module, settings: dict[str, Any], rank: int, size: int) -> K
     settings = dict(settings)
     criterion = nn.CrossEntropyLoss(reduction=settings.pop("reduction", "mean"))
     optimizer = KFAC(
-        model, lr=0.1, criterion=criterion, factor_update_period=2, inverse_update_period=2,
-        **settings,
+        model, criterion=criterion, factor_update_period=2, inverse_update_period=2,
+        **{"lr": 0.1, **settings},
     )  # fmt: skip
     for step in range(4):
         is_tokens = isinstance(getattr(model, "module", model), Tokens)
         x, y = (part.chunk(size)[rank] for part in batch(step, is_tokens))
-        optimizer.zero_grad()
-        criterion(model(x), y).backward()
-        optimizer.step()
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = criterion(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
     return optimizer
 
 

@@ -113,6 +113,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    if options.steps < 200:
+        parser.error("--steps must be at least 200: two refreshes at a period of 100")
     torch.manual_seed(options.seed)
     print(f"{torch.get_num_threads()} threads, torch {torch.__version__}")
     print(f"{'milliseconds of a refresh':<25}", *(f"{size:>8}" for size in SIZES))

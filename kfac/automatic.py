@@ -1,24 +1,21 @@
 """Steps whose size and momentum minimise a quadratic model, with damping that adapts itself."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kfac.curvature import Curvature
 from kfac.fisher_products import FisherProducts
-from kfac.hooks import silent_hooks
 from kfac.levenberg_marquardt import LevenbergMarquardt, reduction_ratio
 from kfac.names import unwrapped
+from kfac.objective import ByParameter, Objective
 from kfac.preconditioner import Preconditioner
-from kfac.quadratic_model import inner_products, quadratic_model
+from kfac.quadratic_model import quadratic_model
+from kfac.rewind import Start
 from kfac.update import all_finite, kl_clip_scale, predicted_change
-
-ByParameter = Mapping[nn.Parameter, Tensor]
 
 
 @dataclass(frozen=True)
@@ -193,7 +190,7 @@ class AutomaticStep:
         damping: float = groups[0]["damping"]
         return damping
 
-    def _calibrate(self, objective: "Objective", evaluated: "Evaluated") -> None:
+    def _calibrate(self, objective: Objective, evaluated: "Evaluated") -> None:
         """Find the first λ by trying steps from here."""
         rule = self._settings.levenberg_marquardt
         assert rule is not None
@@ -219,7 +216,7 @@ class AutomaticStep:
         self.damping = rule.adapted(self.damping, ratio, self._engine.steps)
         return rule.accepts(ratio)
 
-    def _ratio(self, objective: "Objective", chosen: ModelStep, evaluated: "Evaluated") -> float:
+    def _ratio(self, objective: Objective, chosen: ModelStep, evaluated: "Evaluated") -> float:
         """ρ of a step that has been taken."""
         there = self._evaluate(evaluated)
         change = (there - evaluated.loss) / objective.terms
@@ -247,7 +244,7 @@ class AutomaticStep:
 
     # --- the model -----------------------------------------------------------------------------
 
-    def _choose(self, objective: "Objective", damping: float) -> ModelStep:
+    def _choose(self, objective: Objective, damping: float) -> ModelStep:
         engine, settings = self._engine, self._settings
         recorder = engine.capture.recorder
         assert recorder is not None
@@ -289,7 +286,7 @@ class AutomaticStep:
                 step[parameter].add_(d, alpha=coefficient)
         return ModelStep(step, coefficients, float(model.change(found)))
 
-    def _clip(self, directions: dict[nn.Parameter, Tensor], objective: "Objective") -> None:
+    def _clip(self, directions: dict[nn.Parameter, Tensor], objective: Objective) -> None:
         settings = self._settings
         assert settings.lr is not None
         assert settings.kl_clip is not None
@@ -306,144 +303,5 @@ class Evaluated(NamedTuple):
 
     closure: Callable[[], Any]
     loss: float
-    start: "Start"
+    start: Start
     is_watched: bool
-
-
-@dataclass
-class Objective:
-    """h(θ) = L(θ) + ½ Σ η θ² and its gradient at the parameters of now.
-
-    Attributes:
-        parameters: θ: those with a gradient.
-        decays: η of each.
-        loss_gradients: ∇L.
-        gradients: ∇h.
-        last: The last step, of the parameters that took one.
-        terms: What a summed loss is divided by, 1 for a mean one.
-    """
-
-    parameters: list[nn.Parameter]
-    decays: list[float]
-    loss_gradients: dict[nn.Parameter, Tensor]
-    gradients: dict[nn.Parameter, Tensor]
-    last: dict[nn.Parameter, Tensor]
-    terms: float
-    _decay_of: dict[str, float] = field(default_factory=dict)
-
-    @classmethod
-    def of(
-        cls,
-        engine: Preconditioner,
-        groups: Sequence[Mapping[str, Any]],
-        state: Mapping[Any, Mapping[str, Tensor]],
-    ) -> "Objective":
-        """The objective after a backward pass."""
-        decays = {p: group["weight_decay"] for group in groups for p in group["params"]}
-        losses = engine.mean_gradients(1.0)
-        gradients = {
-            p: g.add(p.detach(), alpha=decays[p]) if decays[p] else g for p, g in losses.items()
-        }
-        terms = 1.0
-        if engine.loss_reduction == "sum":
-            terms = float(engine.mean_loss_terms())
-        return cls(
-            list(losses),
-            [decays[p] for p in losses],
-            losses,
-            gradients,
-            {p: state[p]["last_step"] for p in losses if "last_step" in state.get(p, {})},
-            terms,
-            {layer.name: decays.get(layer.weight.parameter, 0.0) for layer in engine.layers},
-        )
-
-    def preconditioner_damping(self, damping: float) -> dict[str, float]:
-        """λ + η by layer name."""
-        return {name: damping + decay for name, decay in self._decay_of.items()}
-
-    def aligned(self, direction: ByParameter) -> list[Tensor]:
-        """A direction as a tensor for every parameter."""
-        return [direction[p] if p in direction else torch.zeros_like(p) for p in self.parameters]
-
-    def decay_change(self, step: ByParameter) -> float:
-        """½ Σ η ((θ)² − (θ − δ)²) at parameters θ that have taken the step δ."""
-        steps = self.aligned(step)
-        here = [p.detach() - d / 2 for p, d in zip(self.parameters, steps, strict=True)]
-        return float(inner_products([here], [steps], self.decays))
-
-    @torch.no_grad()
-    def move(self, step: ByParameter) -> None:
-        """θ ← θ + δ."""
-        for parameter, delta in step.items():
-            parameter.add_(delta)
-
-    @torch.no_grad()
-    def restore(self, values: Sequence[Tensor]) -> None:
-        """θ ← the values, bit for bit."""
-        for parameter, value in zip(self.parameters, values, strict=True):
-            parameter.copy_(value)
-
-
-class Start:
-    """What a step started from: random numbers, buffers and curvature, to come back to."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        blocks: Curvature,
-        random: dict[torch.device | None, Tensor],
-        with_curvature: bool,
-    ) -> None:
-        self._model = model
-        self._random = random
-        self._buffers = {name: b.detach().clone() for name, b in model.named_buffers()}
-        self._blocks = blocks
-        self._curvature = blocks.snapshot() if with_curvature else None
-
-    @classmethod
-    def of(cls, engine: Preconditioner, with_curvature: bool = True) -> "Start":
-        """Here and now."""
-        random: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
-        for device in {p.device for p in engine.params if p.device.type == "cuda"}:
-            random[device] = torch.cuda.get_rng_state(device)
-        return cls(engine.model, engine.blocks, random, with_curvature)
-
-    def restore(self) -> None:
-        """Go back."""
-        self._restore_surroundings()
-        if self._curvature is not None:
-            self._blocks.restore(self._curvature)
-
-    @torch.no_grad()
-    def _restore_surroundings(self) -> None:
-        for device, state in self._random.items():
-            if device is None:
-                torch.set_rng_state(state)
-            else:
-                torch.cuda.set_rng_state(state, device)
-        for name, buffer in self._model.named_buffers():
-            buffer.copy_(self._buffers[name])
-
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Within it, the step starts again as far as the model can tell; no trace is left."""
-        now = Start(
-            self._model,
-            self._blocks,
-            {
-                d: torch.get_rng_state() if d is None else torch.cuda.get_rng_state(d)
-                for d in self._random
-            },
-            with_curvature=False,
-        )
-        gradients = [(p, p.grad) for p in self._model.parameters()]
-        for parameter, _ in gradients:
-            parameter.grad = None
-        self._restore_surroundings()
-        try:
-            with silent_hooks():
-                yield
-        finally:
-            now._restore_surroundings()
-            for parameter, gradient in gradients:
-                parameter.grad = gradient

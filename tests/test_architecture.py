@@ -48,6 +48,8 @@ ALLOWED = {
         "vectors",
     },
     "directions": {"layers"},
+    "objective": {"preconditioner", "quadratic_model"},
+    "rewind": {"curvature", "hooks", "preconditioner"},
     "distributed": NOTHING,
     "kronecker": {"damping", "factors", "layers", "products"},
     "curvature": {

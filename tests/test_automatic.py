@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 import kfac.automatic
 from kfac import KFAC, LevenbergMarquardt, Preconditioner
-from kfac.automatic import AutomaticStep, Objective, Start
+from kfac.automatic import AutomaticStep
 from kfac.curvature import Curvature
+from kfac.objective import Objective
+from kfac.rewind import Start
 
 LAMBDA, ETA = 0.2, 0.05
 PERIODS = {"factor_update_period": 1, "inverse_update_period": 1, "factor_decay": 0.0}

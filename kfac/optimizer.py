@@ -160,7 +160,7 @@ class KFAC(torch.optim.Optimizer):
             value for value in (lr, momentum) if isinstance(value, str)
         )
         if self._is_automatic:
-            _check_automatic(criterion, fallback, nesterov, maximize)
+            _check_automatic(criterion, fallback, nesterov, maximize, grad_scaler)
         elif model_fraction != 1:
             raise argument_error(
                 "KFAC", "model_fraction", "1 without automatic steps", model_fraction,
@@ -564,7 +564,9 @@ class KFAC(torch.optim.Optimizer):
             self._fallback.load_state_dict(state_dict["fallback"])
 
 
-def _check_automatic(criterion: object, fallback: object, nesterov: bool, maximize: bool) -> None:
+def _check_automatic(
+    criterion: object, fallback: object, nesterov: bool, maximize: bool, grad_scaler: object
+) -> None:
     """Refuse what a step that a quadratic model chooses cannot honour."""
     means = "with lr='auto', momentum='auto' or damping=LevenbergMarquardt()"
     if criterion is None:
@@ -576,6 +578,11 @@ def _check_automatic(criterion: object, fallback: object, nesterov: bool, maximi
         raise argument_error(
             "KFAC", "fallback", f"'sgd' {means}", fallback,
             "Their gradients are one more direction of the model.",
+        )  # fmt: skip
+    if grad_scaler is not None:
+        raise argument_error(
+            "KFAC", "grad_scaler", f"None {means}", grad_scaler,
+            "Its step() takes no closure; train in bfloat16, which needs no scaling.",
         )  # fmt: skip
     for argument, value in (("nesterov", nesterov), ("maximize", maximize)):
         if value:

@@ -463,7 +463,13 @@ def test_a_closure_is_needed(automatic: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("argument", "value"),
-    [("criterion", None), ("fallback", "adamw"), ("nesterov", True), ("maximize", True)],
+    [
+        ("criterion", None),
+        ("fallback", "adamw"),
+        ("nesterov", True),
+        ("maximize", True),
+        ("grad_scaler", torch.amp.GradScaler("cpu")),
+    ],
 )
 @pytest.mark.parametrize("automatic", AUTOMATIC, ids=str)
 def test_what_the_model_cannot_honour_is_refused(

@@ -1,6 +1,7 @@
-"""Which runs there are: a tuning run per learning rate, then every seed with the best of them."""
+"""Which runs there are: a tuning run per learning rate, then timed ones at the best of them."""
 
 import hashlib
+import math
 import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -13,7 +14,7 @@ import torch
 import kfac
 from training.contenders import CONTENDERS, Contender
 from training.progress import RunProgress
-from training.results import Record, Results
+from training.results import BEHIND, Purpose, Record, Results
 from training.running import Run, carry_out
 from training.targets import BestOf, Target, best
 from training.tasks import TASKS, Task
@@ -30,11 +31,10 @@ class Choice:
     budget_seconds: float | None = None
     device: str = "cpu"
 
-    def rates(self, task: Task, name: str) -> Sequence[float | None]:
-        """What a contender is tuned over; its default alone if it is not to be tuned."""
-        if not CONTENDERS[name].learning_rates:
-            return (None,)
-        return self.learning_rates or own_rates(task, name)
+    def rates(self, task: Task, name: str) -> list[float]:
+        """What a contender is tuned over, in that order; nothing if it runs at its default."""
+        own = own_rates(task, name)
+        return outwards(self.learning_rates or own) if own else []
 
 
 @dataclass
@@ -43,7 +43,8 @@ class Race:
 
     task: str
     target: Target
-    records: dict[str, list[Record]] = field(default_factory=dict)
+    tuning: dict[str, list[Record]] = field(default_factory=dict)
+    timed: dict[str, list[Record]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
@@ -51,8 +52,15 @@ def own_rates(task: Task, name: str) -> tuple[float, ...]:
     return task.learning_rates.get(name, CONTENDERS[name].learning_rates)
 
 
-def run_races(choice: Choice, results: Results) -> list[Race]:
-    """Carry out all runs that are not in the folder yet."""
+def outwards(rates: Iterable[float]) -> list[float]:
+    """The middle one first, then its neighbours on either side in turn."""
+    grid = sorted(set(rates))
+    middle = (len(grid) - 1) / 2
+    return [grid[n] for n in sorted(range(len(grid)), key=lambda n: abs(n - middle))]
+
+
+def run_races(choice: Choice, results: Results, tune_only: bool = False) -> list[Race]:
+    """Carry out all runs that are not in the folder yet; the timed ones unless `tune_only`."""
     races = []
     for name in choice.tasks:
         runner = Runner(name, TASKS[name], choice, results)
@@ -62,8 +70,11 @@ def run_races(choice: Choice, results: Results) -> list[Race]:
             reason = CONTENDERS[contender].reason_to_skip(TASKS[name].model())
             if reason:
                 race.skipped[contender] = reason
-            else:
-                race.records[contender] = runner.tune_and_repeat(contender, race.target)
+                continue
+            race.tuning[contender] = tuning = runner.tune(contender, race.target)
+            if not tune_only:
+                rate = best_rate(tuning, race.target)
+                race.timed[contender] = runner.time(contender, rate, race.target)
     return races
 
 
@@ -81,50 +92,77 @@ class Runner:
         target = self.task.target
         if isinstance(target, Target):
             return target
-        rates = own_rates(self.task, target.contender)
-        seed = self.choice.seeds[0]
-        return target.resolve(self.record(target.contender, lr, seed, None) for lr in rates)
+        rates = outwards(own_rates(self.task, target.contender))
+        return target.resolve(self.tuning_run(target.contender, rate, None) for rate in rates)
 
-    def tune_and_repeat(self, contender: str, target: Target) -> list[Record]:
-        first, *others = self.choice.seeds
+    def tune(self, contender: str, target: Target) -> list[Record]:
+        """One run per learning rate, and none longer than the best so far; a yardstick's whole."""
         yardstick = self.task.target
         whole = isinstance(yardstick, BestOf) and yardstick.contender == contender
         stop = None if whole else target
-        tuning = [
-            self.record(contender, lr, first, stop)
-            for lr in self.choice.rates(self.task, contender)
-        ]
-        rate = best_rate(tuning, target)
-        return tuning + [self.record(contender, rate, seed, target) for seed in others]
+        records: list[Record] = []
+        for rate in self.choice.rates(self.task, contender):
+            limit = fewest_steps(records, stop) if stop else None
+            records.append(self.tuning_run(contender, rate, stop, limit))
+        return records
+
+    def time(self, contender: str, rate: float | None, target: Target) -> list[Record]:
+        """A run per seed."""
+        return [self.timed_run(contender, rate, seed, target) for seed in self.choice.seeds]
+
+    def tuning_run(
+        self, contender: str, rate: float, stop: Target | None, limit: int | None = None
+    ) -> Record:
+        seed = self.choice.seeds[0]
+        configuration = self.configuration("tuning", contender, rate, seed, stop)
+        title = f"{self.name}: {contender}, lr {rate:g}, tuning"
+        return self.record(title, configuration, stop, math.inf, limit)
+
+    def timed_run(self, contender: str, rate: float | None, seed: int, target: Target) -> Record:
+        max_seconds = self.max_seconds()
+        configuration = {
+            **self.configuration("timed", contender, rate, seed, target),
+            "max_seconds": max_seconds,
+            **machine(self.choice.device),
+        }
+        title = f"{self.name}: {contender}{'' if rate is None else f', lr {rate:g}'}, seed {seed}"
+        return self.record(title, configuration, target, max_seconds, None)
 
     def record(
-        self, contender: str, rate: float | None, seed: int, stop: Target | None
-    ) -> Record:  # fmt: skip
-        configuration = self.configuration(contender, rate, seed, stop)
+        self,
+        title: str,
+        configuration: Mapping[str, Any],
+        stop: Target | None,
+        max_seconds: float,
+        limit: int | None,
+    ) -> Record:
+        """What the folder has of a run, unless that was given up before the limit."""
+        most = limit or self.task.max_steps
         known = self.results.find(configuration)
-        if known is not None:
+        if known is not None and (known.outcome != BEHIND or known.steps >= most):
             return known
-        title = f"{self.name}: {contender}{'' if rate is None else f', lr {rate:g}'}, seed {seed}"
-        with RunProgress(title, self.task.max_steps) as progress:
-            run = Run(self.task, contender, rate, seed, torch.device(self.choice.device))
+        name, rate = configuration["optimizer"], configuration["learning_rate"]
+        with RunProgress(title, most) as progress:
+            device = torch.device(self.choice.device)
+            run = Run(self.task, name, rate, configuration["seed"], device)
             record = carry_out(
-                run, self.task, configuration, stop, self.max_seconds(), progress.advanced
+                run, self.task, configuration, stop, max_seconds, limit, progress.advanced
             )
             self.results.add(record)
             progress.finished(record)
         return record
 
     def configuration(
-        self, contender: str, rate: float | None, seed: int, stop: Target | None
-    ) -> Mapping[str, Any]:
-        """All that decides a run, and so whether it has been carried out already."""
+        self, purpose: Purpose, contender: str, rate: float | None, seed: int, stop: Target | None
+    ) -> dict[str, Any]:
+        """All that decides the steps of a run: the same is not carried out again."""
         task = self.task
         return {
+            "purpose": purpose,
             "task": self.name,
             "description": task.description,
             "batch_size": task.batch_size,
             "max_steps": task.max_steps,
-            "max_seconds": self.max_seconds(),
             "evaluate_every": task.evaluate_every,
             "optimizer": contender,
             "settings": CONTENDERS[contender].settings,
@@ -132,7 +170,7 @@ class Runner:
             "learning_rate": rate,
             "seed": seed,
             "stop": asdict(stop) if stop else None,
-            **environment(self.choice.device),
+            **versions(),
         }
 
     def max_seconds(self) -> float:
@@ -141,11 +179,17 @@ class Runner:
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions and machine."""
+    return {**versions(), **machine(device)}
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "python": platform.python_version()}
+
+
+def machine(device: str) -> dict[str, Any]:
+    """What decides seconds."""
     on_cuda = torch.device(device).type == "cuda"
     return {
-        "torch": torch.__version__,
-        "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if on_cuda else platform.machine(),
     }
@@ -165,8 +209,12 @@ def own_digest() -> str:
 
 
 def best_rate(tuning: Iterable[Record], target: Target) -> float | None:
-    """The learning rate with the fewest steps to the target; if none gets there, the best value."""
-    return min(tuning, key=rank(target)).learning_rate
+    """The learning rate with the fewest steps to the target; if none gets there, the best value.
+
+    The first of equals; None, which is the default rate, if there was no tuning.
+    """
+    winner = min(tuning, key=rank(target), default=None)
+    return winner.learning_rate if winner else None
 
 
 def rank(target: Target) -> Callable[[Record], tuple[float, float]]:
@@ -174,39 +222,53 @@ def rank(target: Target) -> Callable[[Record], tuple[float, float]]:
     sign = -1 if target.metric == "accuracy" else 1
 
     def key(record: Record) -> tuple[float, float]:
-        first = target.first(record)
+        if first := target.first(record):
+            return first.step, 0.0
         values = (evaluation.value(target.metric) for evaluation in record.evaluations)
-        return first.step if first else float("inf"), sign * best(target.metric, values)
+        return math.inf, sign * best(target.metric, values)
 
     return key
 
 
+def fewest_steps(records: Iterable[Record], target: Target) -> int | None:
+    """To the target; None if no record gets there."""
+    firsts = filter(None, map(target.first, records))
+    return min((first.step for first in firsts), default=None)
+
+
 def stored_races(choice: Choice, results: Results) -> list[Race]:
     """What the folder holds of what was chosen; of runs that differ in versions, the latest."""
-    latest = {
-        (c["task"], c["optimizer"], record.learning_rate, record.seed): record
-        for record in results
-        if (c := record.configuration)["task"] in choice.tasks and record.seed in choice.seeds
-    }
+    latest = {place(record): record for record in results}
+
+    def held(
+        purpose: Purpose, task: str, contender: str, rates: Iterable[float | None]
+    ) -> list[Record]:
+        seeds = choice.seeds if purpose == "timed" else choice.seeds[:1]
+        keys = ((purpose, task, contender, rate, seed) for rate in rates for seed in seeds)
+        return [latest[key] for key in keys if key in latest]
+
     races = []
     for name in choice.tasks:
-        records: dict[str, list[Record]] = {}
-        for (task, contender, _, _), record in latest.items():
-            if task == name:
-                records.setdefault(contender, []).append(record)
-        target = stored_target(TASKS[name], records)
-        if target is not None:
-            kept = {c: records[c] for c in choice.contenders if c in records}
-            races.append(Race(name, target, kept))
+        task = TASKS[name]
+        target = task.target
+        if isinstance(target, BestOf):
+            rates = own_rates(task, target.contender)
+            yardsticks = held("tuning", name, target.contender, rates)
+            if not yardsticks:
+                continue
+            target = target.resolve(yardsticks)
+        race = Race(name, target)
+        for contender in choice.contenders:
+            tuning = held("tuning", name, contender, choice.rates(task, contender))
+            timed = held("timed", name, contender, [best_rate(tuning, target)])
+            if timed:
+                race.tuning[contender], race.timed[contender] = tuning, timed
+        if race.timed:
+            races.append(race)
     return races
 
 
-def stored_target(task: Task, records: Mapping[str, Sequence[Record]]) -> Target | None:
-    if isinstance(task.target, Target):
-        return task.target if records else None
-    unstopped = [
-        record
-        for record in records.get(task.target.contender, ())
-        if record.configuration["stop"] is None
-    ]
-    return task.target.resolve(unstopped) if unstopped else None
+def place(record: Record) -> tuple[Any, ...]:
+    """What a record is for, whatever the versions and the machine."""
+    names = ("purpose", "task", "optimizer", "learning_rate", "seed")
+    return tuple(record.configuration.get(name) for name in names)

@@ -7,7 +7,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+Purpose = Literal["tuning", "timed"]
+BEHIND = "behind"  # the outcome of a run that can no longer be the best
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Results:
             configuration["task"],
             re.sub(r"\W+", "-", configuration["optimizer"]).lower(),
             "default" if rate is None else f"lr{rate:g}",
+            configuration["purpose"],
             f"seed{configuration['seed']}",
             digest,
         )

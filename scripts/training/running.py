@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.contenders import CONTENDERS, Entry, Trainer
 from training.data import Batches, Examples
-from training.results import Evaluation, Record
+from training.results import BEHIND, Evaluation, Record
 from training.targets import Target
 from training.tasks import Task
 
@@ -109,6 +109,7 @@ def carry_out(
     configuration: Mapping[str, Any],
     stop: Target | None,
     max_seconds: float,
+    limit: int | None = None,
     advanced: Callable[[Evaluation | None], None] = lambda evaluation: None,
 ) -> Record:
     """Train to the target or the end of the budget.
@@ -122,9 +123,11 @@ def carry_out(
         configuration: For the record.
         stop: Where to stop; None to use up the budget.
         max_seconds: Training time at most; the step that exceeds it is the last.
+        limit: Steps after which the run is behind another one, and ends; None for the task's.
         advanced: Called after every step, with the evaluation if there was one.
     """
     evaluations = [run.evaluate()]
+    max_steps = limit or task.max_steps
     outcome = ""
     while not outcome:
         try:
@@ -133,7 +136,7 @@ def carry_out(
             message = (str(error).splitlines() or [""])[0]
             outcome = f"failed at step {run.step}: {type(error).__name__}: {message}"
             break
-        over = run.step >= task.max_steps or run.seconds >= max_seconds
+        over = run.step >= max_steps or run.seconds >= max_seconds
         evaluation = run.evaluate() if over or run.step % task.evaluate_every == 0 else None
         if not (finite and (evaluation is None or math.isfinite(evaluation.loss))):
             outcome = f"diverged at step {run.step}"
@@ -143,6 +146,9 @@ def carry_out(
             if stop is not None and stop.reached(evaluation):
                 outcome = "target"
         if over and not outcome:
-            outcome = "steps" if run.step >= task.max_steps else "seconds"
+            if run.step < max_steps:
+                outcome = "seconds"
+            else:
+                outcome = "steps" if run.step >= task.max_steps else BEHIND
         advanced(evaluation)
     return Record(configuration, tuple(evaluations), outcome, run.step, run.seconds)

@@ -23,8 +23,24 @@ from training.data import (
     windows,
 )
 from training.models import ByteModel, Poisson, curves_autoencoder
-from training.planning import Choice, Race, best_rate, run_races, stored_races
-from training.report import standings, table
+from training.planning import (
+    Choice,
+    Race,
+    Runner,
+    best_rate,
+    fewest_steps,
+    outwards,
+    run_races,
+    stored_races,
+)
+from training.report import (
+    comparison_figures,
+    comparison_table,
+    comparisons,
+    standings,
+    table,
+    tuning_table,
+)
 from training.results import Evaluation, Record, Results
 from training.running import Run, carry_out
 from training.targets import BestOf, Target
@@ -58,7 +74,8 @@ def carried_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     names: list[str] = []
 
     def counted(run: Run, task: Task, configuration: dict[str, object], *rest: object) -> Record:
-        names.append("{optimizer} {learning_rate} {seed}".format(**configuration))
+        text = "{optimizer} {learning_rate} {purpose}".format(**configuration)
+        names.append(text.replace("timed", str(configuration["seed"])))
         return carry_out(run, task, configuration, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(planning, "carry_out", counted)
@@ -66,13 +83,17 @@ def carried_out(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def record(
-    losses: list[float], lr: float | None = 0.1, seed: int = 0, outcome: str = "steps"
+    losses: list[float],
+    lr: float | None = 0.1,
+    seed: int = 0,
+    outcome: str = "steps",
+    purpose: str = "timed",
 ) -> Record:
     """One evaluation a step, one step in two seconds."""
     evaluations = tuple(Evaluation(n, 2.0 * n, loss) for n, loss in enumerate(losses))
     configuration = {
         "task": "tiny", "optimizer": "SGD", "learning_rate": lr, "seed": seed, "stop": None,
-        "package": "torch",
+        "package": "torch", "purpose": purpose,
     }  # fmt: skip
     steps = len(losses) - 1
     return Record(configuration, evaluations, outcome, steps, 2.0 * steps)
@@ -248,6 +269,12 @@ def test_a_run_ends_with_its_budget(max_seconds: float, steps: int, outcome: str
     assert result.evaluations[-1].step == steps  # also between the regular ones
 
 
+def test_a_run_that_is_behind_ends_at_the_limit() -> None:
+    result = carry_out(Run(TINY, "SGD", 1e-6, 0, CPU), TINY, {}, TINY.target, math.inf, 6)  # type: ignore[arg-type]
+    assert (result.steps, result.outcome) == (6, "behind")
+    assert result.evaluations[-1].step == 6
+
+
 def test_a_run_that_diverges_ends_there() -> None:
     run = Run(TINY, "SGD", 1e30, 0, CPU)
     result = carry_out(run, TINY, {}, Target("loss", 0), math.inf)
@@ -332,18 +359,111 @@ def test_only_runs_that_are_missing_are_carried_out(
     choice = Choice(["tiny"], ["SGD", "AdamW"], [0, 1])
     (race,) = run_races(choice, results)
     assert carried_out == [
-        "SGD 0.001 0", "SGD 0.1 0", "SGD 0.1 1", "AdamW 0.01 0", "AdamW 0.1 0", "AdamW 0.1 1"
+        "SGD 0.001 tuning", "SGD 0.1 tuning", "SGD 0.1 0", "SGD 0.1 1",
+        "AdamW 0.01 tuning", "AdamW 0.1 tuning", "AdamW 0.1 0", "AdamW 0.1 1",
     ]  # fmt: skip
     carried_out.clear()
     assert run_races(choice, results) == [race]
     assert carried_out == []
-    next(tmp_path.glob("tiny_sgd_lr0.1_seed1_*")).unlink()
+    next(tmp_path.glob("tiny_sgd_lr0.1_timed_seed1_*")).unlink()
     run_races(choice, results)
     assert carried_out == ["SGD 0.1 1"]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_seconds_and_threads_do_not_decide_the_tuning(
+    tmp_path: Path, tiny: Task, carried_out: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results = Results(tmp_path)
+    choice = Choice(["tiny"], ["SGD"], [0])
+    run_races(choice, results)
+    for record in results:
+        timed = record.configuration["purpose"] == "timed"
+        names = {"threads", "device", "max_seconds"} & set(record.configuration)
+        assert len(names) == (3 if timed else 0)
     carried_out.clear()
     run_races(replace(choice, budget_seconds=50.0), results)
-    assert len(carried_out) == 6
-    assert not list(tmp_path.glob(".*"))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    run_races(choice, results)
+    assert carried_out == ["SGD 0.1 0", "SGD 0.1 0"]
+
+
+def test_a_tuning_run_has_all_the_seconds_that_it_needs(tmp_path: Path, tiny: Task) -> None:
+    choice = Choice(["tiny"], ["SGD"], [0], budget_seconds=1e-9)
+    (race,) = run_races(choice, Results(tmp_path))
+    assert [r.outcome for r in race.tuning["SGD"]] == ["steps", "target"]
+    assert [r.outcome for r in race.timed["SGD"]] == ["seconds"]
+
+
+def test_a_grid_is_walked_from_the_middle() -> None:
+    assert outwards([1, 2, 3, 4, 5, 6]) == [3, 4, 2, 5, 1, 6]
+    assert outwards([5, 3, 1, 1]) == [3, 1, 5]
+    assert outwards([7]) == [7]
+
+
+GRID = (0.003, 0.01, 0.03, 0.1, 0.3, 0.9)
+
+
+@pytest.mark.parametrize("contender", ["SGD", "AdamW", "K-FAC"])
+@pytest.mark.parametrize("target", [1e-3, 1e-1, 0.0])
+def test_pruning_changes_neither_winner_nor_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, contender: str, target: float
+) -> None:
+    task = replace(TINY, target=Target("loss", target), max_steps=75)
+    monkeypatch.setitem(TASKS, "tiny", task)
+    choice = Choice(["tiny"], [contender], [0], GRID)
+    (race,) = run_races(choice, Results(tmp_path), tune_only=True)
+    assert race.timed == {}
+    pruned = race.tuning[contender]
+    whole = [
+        carry_out(
+            Run(task, contender, rate, 0, CPU), task, {"learning_rate": rate}, race.target, math.inf
+        )
+        for rate in outwards(GRID)
+    ]
+    assert best_rate(pruned, race.target) == best_rate(whole, race.target)
+    assert fewest_steps(pruned, race.target) == fewest_steps(whole, race.target)
+    assert any(r.outcome == "behind" for r in pruned) == (target > 0)
+    for shorter, longer in zip(pruned, whole, strict=True):
+        losses = [e.loss for e in shorter.evaluations]
+        assert losses == [e.loss for e in longer.evaluations][: len(losses)]
+
+
+def test_a_record_that_is_behind_is_taken_up_to_its_steps(
+    tmp_path: Path, tiny: Task, carried_out: list[str]
+) -> None:
+    results = Results(tmp_path)
+    runner = Runner("tiny", tiny, Choice(["tiny"], ["SGD"], [0]), results)
+    target = runner.target()
+
+    def outcome(limit: int | None) -> tuple[str, int]:
+        found = runner.tuning_run("SGD", 0.001, target, limit)
+        return found.outcome, len(carried_out)
+
+    assert outcome(20) == ("behind", 1)
+    assert outcome(20) == outcome(8) == ("behind", 1)
+    assert outcome(22) == ("behind", 2)
+    assert outcome(None) == ("steps", 3)
+    assert outcome(8) == ("steps", 3)
+    assert len(list(results)) == 1
+
+
+def test_a_longer_run_replaces_one_that_is_behind_no_more(
+    tmp_path: Path, tiny: Task, carried_out: list[str]
+) -> None:
+    results = Results(tmp_path)
+    choice = Choice(["tiny"], ["SGD"], [0], GRID)
+    (race,) = run_races(choice, results, tune_only=True)
+    behind = [r.learning_rate for r in race.tuning["SGD"] if r.outcome == "behind"]
+    carried_out.clear()
+    (alone,) = run_races(replace(choice, learning_rates=behind[:1]), results, tune_only=True)
+    assert carried_out == [f"SGD {behind[0]} tuning"]
+    assert [r.outcome for r in alone.tuning["SGD"]] == ["target"]
+    (again,) = run_races(choice, results, tune_only=True)
+    assert len(carried_out) == 1
+    assert best_rate(again.tuning["SGD"], again.target) == best_rate(
+        race.tuning["SGD"], race.target
+    )
 
 
 def test_a_yardstick_is_run_whole_and_before_all_others(
@@ -352,14 +472,20 @@ def test_a_yardstick_is_run_whole_and_before_all_others(
     task = replace(TINY, target=BestOf("AdamW", 6), max_steps=10)
     monkeypatch.setitem(TASKS, "tiny", task)
     results = Results(tmp_path)
-    (race,) = run_races(Choice(["tiny"], ["SGD"], [0]), results)
-    assert carried_out == ["AdamW 0.01 0", "AdamW 0.1 0", "SGD 0.001 0", "SGD 0.1 0"]
-    yardsticks = [r for r in results if r.configuration["optimizer"] == "AdamW"]
-    assert {r.steps for r in yardsticks} == {10}
-    within = [e.loss for r in yardsticks for e in r.evaluations if e.step <= 6]
+    choice = Choice(["tiny"], ["SGD", "AdamW"], [0])
+    (race,) = run_races(choice, results)
+    assert carried_out == [
+        "AdamW 0.01 tuning", "AdamW 0.1 tuning", "SGD 0.001 tuning", "SGD 0.1 tuning",
+        "SGD 0.1 0", "AdamW 0.1 0",
+    ]  # fmt: skip
+    assert [(r.outcome, r.steps) for r in race.tuning["AdamW"]] == [("steps", 10)] * 2
+    assert [(r.outcome, r.steps) for r in race.timed["AdamW"]] == [("target", 6)]
+    within = [e.loss for r in race.tuning["AdamW"] for e in r.evaluations if e.step <= 6]
     assert race.target == Target("loss", min(within))
-    (stored,) = stored_races(Choice(["tiny"], ["SGD"], [0]), results)
-    assert stored == race
+    assert stored_races(choice, results) == [race]
+    for path in tmp_path.glob("tiny_adamw_*_tuning_*"):
+        path.unlink()
+    assert stored_races(choice, results) == []
 
 
 def test_a_stored_record_is_what_was_measured(tmp_path: Path) -> None:
@@ -375,41 +501,129 @@ def test_the_best_rate_is_the_first_at_the_target() -> None:
     slow, fast = record([5, 2, 0.5], 0.1), record([5, 1, 2], 0.2)
     assert best_rate([slow, fast], Target("loss", 1)) == 0.2
     assert best_rate([slow, fast], Target("loss", 0.1)) == 0.1  # reached by neither
+    assert best_rate([], Target("loss", 1)) is None
+
+
+def test_a_rate_that_needs_as_many_steps_does_not_win() -> None:
+    first, second = record([5, 1], 0.1), record([5, 0.5], 0.2)
+    assert best_rate([first, second], Target("loss", 1)) == 0.1
 
 
 def test_the_table_shows_medians_and_what_was_not_reached(tiny: Task) -> None:
-    runs = [
-        record([9, 5, 5], 0.01),
-        record([9, 1, 1], 0.1),
-        record([9, 5, 1], 0.1, seed=1),
-        record([9, 5, 2], 0.1, seed=2),
-        record([9], 1.0, outcome="diverged at step 1"),
+    tuning = [
+        record([9, 5, 5], 0.01, outcome="behind", purpose="tuning"),
+        record([9, 1, 1], 0.1, purpose="tuning"),
+        record([9], 1.0, outcome="diverged at step 1", purpose="tuning"),
     ]
-    race = Race("tiny", Target("loss", 1), {"SGD": runs}, {"SOAP": "not installed"})
-    text = table(race, "a line", tuning_seed=0)
+    timed = [record([9, 1, 1]), record([9, 5, 1], seed=1), record([9, 5, 2], seed=2)]
+    race = Race("tiny", Target("loss", 1), {"SGD": tuning}, {"SGD": timed}, {"SOAP": "missing"})
+    lines = table(race, "a line").splitlines()
     row = "| SGD | 0.1 | 3 | 2 (1 to not reached) | 4.0 (2.0 to not reached) | 1 | 2000.0 |"
-    assert row in text.splitlines()
-    assert "- SOAP: not installed" in text
-    assert "- SGD, lr 1, seed 0: diverged at step 1" in text
-    assert "edge" not in text
-    assert standings(replace(race, records={"SGD": runs[:4]}), 0)[0].at_edge
+    assert row in lines
+    assert "- SOAP: missing" in lines
+    assert lines[lines.index("Ended early:") + 2 :] == ["- SGD, lr 1, tuning: diverged at step 1"]
+    assert not any("edge" in line for line in lines)
+    assert "| SGD | 0.1 | 1 |" in tuning_table(race, "a line").splitlines()
+    edged = replace(race, tuning={"SGD": tuning[:2]})
+    assert standings(edged)[0].at_edge
+    assert "| SGD | 0.1\\* | 1 |" in tuning_table(edged, "a line").splitlines()
+
+
+def timed_race(task: str, **steps: int | None) -> Race:
+    """Contenders by their steps to the target; None for what does not get there."""
+    records = {
+        name.replace("_", ", ").replace("KFAC", "K-FAC"): [
+            record([9] * (5 if count is None else count) + [9 if count is None else 1])
+        ]
+        for name, count in steps.items()
+    }
+    return Race(task, Target("loss", 1), timed=records)
+
+
+def test_ratios_are_those_of_the_best_rival_on_each_task() -> None:
+    races = [
+        timed_race("a", SGD=8, AdamW=6, SOAP=1, KFAC_auto=3, KFAC_default=2),
+        timed_race("b", SGD=8, AdamW=None, KFAC_auto=1),
+        timed_race("c", SGD=8, KFAC_auto=None),
+        timed_race("d", SGD=None, KFAC_auto=4),
+        timed_race("e", SGD=None, KFAC_auto=None),
+        timed_race("f", KFAC_auto=4),
+    ]
+    first_order, every, default = comparisons(races)
+    assert (first_order.contender, first_order.rivals) == ("K-FAC, auto", ["SGD", "AdamW"])
+    assert comparison_table(first_order).splitlines()[-6:] == [
+        "| a | 2.00 (AdamW) | 2.00 (AdamW) |",
+        "| b | 8.00 (SGD) | 8.00 (SGD) |",
+        "| c | not reached | not reached |",
+        "| d | reached by us alone | reached by us alone |",
+        "| e | reached by neither | reached by neither |",
+        "| geometric mean | 4.00 over 2 of 5 tasks | 4.00 over 2 of 5 tasks |",
+    ]
+    assert every.rivals == ["SGD", "AdamW", "SOAP"]
+    assert str(every.tasks["a"]["steps"]) == "0.33 (SOAP)"
+    assert comparison_table(default).splitlines()[-1] == "| geometric mean | 4.00 | 4.00 |"
+    assert comparison_table(default).startswith("K-FAC, default: how many times as much SGD needs")
+    figures = comparison_figures(first_order)
+    assert figures["tasks"]["a"]["steps"] == {"rival": "AdamW", "rival_to_ours": 2.0}
+    assert [figures["tasks"][task]["steps"]["rival_to_ours"] for task in "cde"] == [None] * 3
+    assert figures["geometric_mean"] == pytest.approx({"steps": 4.0, "seconds": 4.0})
+    assert figures["tasks_in_mean"] == {"steps": 2, "seconds": 2}
+
+
+def test_the_same_comparison_is_shown_once() -> None:
+    (comparison,) = comparisons([timed_race("a", SGD=8, KFAC_auto=1)])
+    assert comparison.rivals == ["SGD"]
+    assert comparisons([timed_race("a", SGD=8)]) == []
+
+
+def test_steps_and_seconds_have_rivals_of_their_own() -> None:
+    race = timed_race("a", SGD=8, AdamW=4, KFAC_auto=2)
+    (slow,) = race.timed["AdamW"]
+    evaluations = tuple(replace(e, seconds=100.0 * e.step) for e in slow.evaluations)
+    race.timed["AdamW"] = [replace(slow, evaluations=evaluations)]
+    ratios = comparisons([race])[0].tasks["a"]
+    assert (str(ratios["steps"]), str(ratios["seconds"])) == ("2.00 (AdamW)", "4.00 (SGD)")
 
 
 def test_the_report_of_stored_runs_is_that_of_the_runs(
     tmp_path: Path, tiny: Task, carried_out: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--tasks", "tiny", "--optimizers", "SGD", "K-FAC, default", "--seeds", "0", "1"]
-    arguments += ["--output-dir", str(tmp_path), "--learning-rates", "0.1"]
+    arguments += ["--output-dir", str(tmp_path)]
     assert benchmark_training.main(arguments) == 0
     figures = json.loads((tmp_path / "results.json").read_text())
     output = capsys.readouterr()
+    assert "tiny: SGD, lr 0.1, tuning: target" in output.err
     assert "tiny: SGD, lr 0.1, seed 1: target" in output.err
+    assert "K-FAC, default: how many times as much SGD needs" in output.out
     assert carried_out == [
-        "SGD 0.1 0", "SGD 0.1 1", "K-FAC, default None 0", "K-FAC, default None 1"
+        "SGD 0.001 tuning", "SGD 0.1 tuning", "SGD 0.1 0", "SGD 0.1 1",
+        "K-FAC, default None 0", "K-FAC, default None 1",
     ]  # fmt: skip
+    tuning = figures["tasks"]["tiny"]["contenders"]["SGD"]["tuning"]
+    assert [row["outcome"] for row in tuning] == ["steps", "target"]
     (tmp_path / "tiny.png").unlink()
     assert benchmark_training.main([*arguments, "--report-only"]) == 0
-    assert len(carried_out) == 4
+    assert len(carried_out) == 6
     assert capsys.readouterr().out == output.out
-    assert json.loads((tmp_path / "results.json").read_text())["tasks"] == figures["tasks"]
+    stored = json.loads((tmp_path / "results.json").read_text())
+    assert [stored[name] for name in ("tasks", "comparisons")] == [
+        figures[name] for name in ("tasks", "comparisons")
+    ]
     assert (tmp_path / "tiny.png").stat().st_size > 0
+
+
+def test_tuning_alone_times_nothing(
+    tmp_path: Path, tiny: Task, carried_out: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--tasks", "tiny", "--optimizers", "SGD", "K-FAC, default"]
+    arguments += ["--output-dir", str(tmp_path)]
+    assert benchmark_training.main([*arguments, "--tune-only"]) == 0
+    assert carried_out == ["SGD 0.001 tuning", "SGD 0.1 tuning"]
+    output = capsys.readouterr().out
+    assert "| SGD | 0.1\\* |" in output
+    assert "K-FAC" not in output
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    carried_out.clear()
+    assert benchmark_training.main([*arguments, "--seeds", "0"]) == 0
+    assert carried_out == ["SGD 0.1 0", "K-FAC, default None 0"]

@@ -23,11 +23,11 @@ class LevenbergMarquardt:
 
         ρ > 3/4:  λ ← λ·decay^period        ρ < 1/4:  λ ← λ / decay^period
 
-    every ``period`` steps, and by a single power of the decay in each of the first ``4·period``
-    ones, in which a step is most likely to go wrong. ρ is the reduction of the loss divided by what
-    the quadratic model has predicted. λ stays within its bounds: on a smooth stretch ρ > 3/4 would
-    otherwise drive it to where the first rough one makes the run diverge. A step that is undone
-    raises it by ``4·period`` powers.
+    every ``period`` steps, and by a single power of the decay after the steps 1, 2, 4, 8, … of the
+    first ``4·period``, in which a step is most likely to go wrong. ρ is the reduction of the loss
+    divided by what the quadratic model has predicted. λ stays within its bounds: on a smooth
+    stretch ρ > 3/4 would otherwise drive it to where the first rough one makes the run diverge. A
+    step that is undone raises it by ``4·period`` powers.
 
     Args:
         initial: λ of the first step, within the bounds; None to find it on the first batch, see
@@ -68,10 +68,11 @@ class LevenbergMarquardt:
 
     def is_due(self, step: int) -> bool:
         """Whether λ is adapted after the step that follows ``step`` completed ones."""
-        return self._is_early(step) or (step + 1) % self.period == 0
+        is_early = step < 4 * self.period and (step + 1).bit_count() == 1
+        return is_early or self._ends_period(step)
 
-    def _is_early(self, step: int) -> bool:
-        return step < 4 * self.period
+    def _ends_period(self, step: int) -> bool:
+        return (step + 1) % self.period == 0
 
     def adapted(self, damping: float, ratio: float, step: int) -> float:
         """The λ that follows from ρ.
@@ -84,7 +85,7 @@ class LevenbergMarquardt:
         Source:
             Martens & Grosse 2015, section 6.5.
         """
-        factor = self.decay ** (1 if self._is_early(step) else self.period)
+        factor = self.decay ** (self.period if self._ends_period(step) else 1)
         if ratio > 3 / 4:
             damping *= factor
         elif not self.accepts(ratio):

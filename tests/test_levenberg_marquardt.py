@@ -41,8 +41,8 @@ def check_rule() -> None:
         (INF, 1 / 8, 1 / 2),
         (-INF, 4096.0, 4096.0),
     ]:
-        assert rule.adapted(1.0, ratio, 12) == rule.adapted(1.0, ratio, 1000) == factor
-        assert rule.adapted(1.0, ratio, 0) == rule.adapted(1.0, ratio, 11) == early
+        assert rule.adapted(1.0, ratio, 2) == rule.adapted(1.0, ratio, 1001) == factor
+        assert rule.adapted(1.0, ratio, 0) == rule.adapted(1.0, ratio, 7) == early
 
 
 def test_steps_that_made_it_much_worse_are_not_kept() -> None:
@@ -67,9 +67,10 @@ def test_damping_stays_within_its_bounds() -> None:
     assert rule.adapted(10.0, 1.0, 99) < 10.0
 
 
-def test_damping_is_adapted_in_all_early_steps_and_then_once_in_a_period() -> None:
-    rule = LevenbergMarquardt(period=4)
-    assert [step for step in range(28) if rule.is_due(step)] == [*range(16), 19, 23, 27]
+def test_damping_is_adapted_once_in_a_period_and_more_often_at_first() -> None:
+    rule = LevenbergMarquardt(period=5)
+    due = [step + 1 for step in range(40) if rule.is_due(step)]
+    assert due == [1, 2, 4, 5, 8, 10, 15, 16, 20, 25, 30, 35, 40]
     assert all(LevenbergMarquardt(period=1).is_due(step) for step in range(3))
 
 

@@ -24,6 +24,7 @@ from kfac.capture import OutputSelector, PositionMask
 from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
 from kfac.fisher import FisherType, Likelihood, LossReduction
+from kfac.grafting import GRAFT, Graft, GraftName
 from kfac.inverse import Inverse, InverseName
 from kfac.kronecker import CurvatureBlocks
 from kfac.levenberg_marquardt import LevenbergMarquardt
@@ -86,7 +87,11 @@ class KFAC(torch.optim.Optimizer):
             automatic, the factor of ½‖θ‖² in the objective.
         maximize: Ascend instead of descend.
         kl_clip: Trust region κ: the step is scaled down so that lr²·Δᵀg stays below κ. None for
-            no trust region. Has no part in steps with ``lr="auto"``.
+            no trust region. Has no part in steps with ``lr="auto"``, nor with ``graft``.
+        graft: ``"sgd"`` or ``"adam"``: each layer's preconditioned gradient gets the norm of its
+            gradient, or of Adam's update (without a first moment), so that ``lr`` is that of the
+            other optimizer; see :class:`kfac.grafting.Graft`. None for its own norm. Parameters of
+            the fallback are not grafted.
         model_fraction: In automatic steps, the share of a batch's examples (the first ones) that
             the curvature of the quadratic model is estimated from, in (0, 1]. Where it is not known
             which axes hold the examples, all are used.
@@ -141,6 +146,7 @@ class KFAC(torch.optim.Optimizer):
         stagger_refreshes: bool = True,
         refresh_tolerance: float | None = None,
         kl_clip: float | None = 1e-3,
+        graft: GraftName | None = None,
         model_fraction: float = 1.0,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
@@ -151,8 +157,10 @@ class KFAC(torch.optim.Optimizer):
         if not isinstance(model, nn.Module):
             raise argument_error("KFAC", "model", "a torch.nn.Module", model)
         check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
+        check("KFAC", "graft", graft, GRAFT)
         check("KFAC", "model_fraction", model_fraction, _FRACTION)
         self.kl_clip = kl_clip
+        self._graft = None if graft is None else Graft(graft)
         rule: LevenbergMarquardt | None = None
         if isinstance(damping, LevenbergMarquardt):
             rule, damping = damping, damping.initial or 1.0  # until the first batch is seen
@@ -160,7 +168,7 @@ class KFAC(torch.optim.Optimizer):
             value for value in (lr, momentum) if isinstance(value, str)
         )
         if self._is_automatic:
-            _check_automatic(criterion, fallback, nesterov, maximize, grad_scaler)
+            _check_automatic(criterion, fallback, graft, nesterov, maximize, grad_scaler)
         elif model_fraction != 1:
             raise argument_error(
                 "KFAC", "model_fraction", "1 without automatic steps", model_fraction,
@@ -350,7 +358,7 @@ class KFAC(torch.optim.Optimizer):
         engine.update_factors(accept, scale_seen)
         engine.blocks.refresh(damping, plan.refresh)
         directions = engine.blocks.precondition(gradients, damping)
-        accept = accept & self._clip(directions, gradients).to(accept)
+        accept = accept & self._rescale(directions, gradients).to(accept)
         for stack in directions.stacks:
             stack.direction.masked_fill_(~accept.to(stack.direction.device), 0.0)
         by_parameter = directions.by_parameter()
@@ -369,6 +377,8 @@ class KFAC(torch.optim.Optimizer):
             step.masked_fill_(~accept.to(step.device), 0.0)
         self._descend(steps, accept)
         self._step_fallback(gradients, accept)
+        if self._graft is not None:
+            self._graft.commit(self.state, accept)
         engine.advance(plan, accept)
 
     def _overflowed(self) -> bool:
@@ -403,12 +413,18 @@ class KFAC(torch.optim.Optimizer):
             layer.name: by_parameter[id(layer.weight.parameter)] for layer in self._engine.layers
         }
 
-    def _clip(self, directions: Directions, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
-        """Scale the preconditioned gradients into the trust region.
+    def _rescale(self, directions: Directions, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Graft the preconditioned gradients, or scale them into the trust region.
 
         Returns:
             Whether they and their gradients are finite, a boolean scalar.
         """
+        if self._graft is not None:
+            return self._graft.apply(directions, gradients, self.state)
+        return self._clip(directions, gradients)
+
+    def _clip(self, directions: Directions, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Scale into the trust region; likewise."""
         stacks = directions.stacks
         if self.kl_clip is None or not stacks:
             return all_finite([t for stack in stacks for t in (stack.direction, stack.gradient)])
@@ -495,8 +511,9 @@ class KFAC(torch.optim.Optimizer):
     def memory_estimate(self) -> dict[str, int]:
         """Bytes that the optimizer holds between steps, by kind, known before the first step.
 
-        As :meth:`kfac.Preconditioner.memory_estimate`, and "momentum" for the buffers. What a
-        fallback other than ``"sgd"`` allocates is its own and not counted.
+        As :meth:`kfac.Preconditioner.memory_estimate`, "momentum" for the buffers and, where there
+        is a graft, "graft" for its averages. What a fallback other than ``"sgd"`` allocates is its
+        own and not counted.
         """
         elsewhere = self._fallback_ids if self._fallback is not None else set()
         momentum = sum(
@@ -506,7 +523,11 @@ class KFAC(torch.optim.Optimizer):
             for p in group["params"]
             if p.requires_grad and id(p) not in elsewhere
         )
-        return self._engine.memory_estimate() | {"momentum": momentum}
+        estimate = self._engine.memory_estimate() | {"momentum": momentum}
+        if self._graft is not None:
+            taken = {p for la in self._engine.layers if la.is_trained for p in la.parameters}
+            estimate["graft"] = self._graft.memory(taken)
+        return estimate
 
     def diagnostics(self) -> dict[str, float]:
         """Numbers of the last step and counts so far; reading them waits for the device.
@@ -557,6 +578,8 @@ class KFAC(torch.optim.Optimizer):
         super().load_state_dict(
             {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
         )
+        if self._graft is not None:
+            self._graft.load(self.param_groups, self.state, state_dict)
         self._engine.load_state_dict(state_dict["kfac"])
         if self._automatic is not None:
             self._automatic.load_state_dict(state_dict["automatic"])
@@ -565,7 +588,12 @@ class KFAC(torch.optim.Optimizer):
 
 
 def _check_automatic(
-    criterion: object, fallback: object, nesterov: bool, maximize: bool, grad_scaler: object
+    criterion: object,
+    fallback: object,
+    graft: object,
+    nesterov: bool,
+    maximize: bool,
+    grad_scaler: object,
 ) -> None:
     """Refuse what a step that a quadratic model chooses cannot honour."""
     means = "with lr='auto', momentum='auto' or damping=LevenbergMarquardt()"
@@ -583,6 +611,11 @@ def _check_automatic(
         raise argument_error(
             "KFAC", "grad_scaler", f"None {means}", grad_scaler,
             "Its step() takes no closure; train in bfloat16, which needs no scaling.",
+        )  # fmt: skip
+    if graft is not None:
+        raise argument_error(
+            "KFAC", "graft", f"None {means}", graft,
+            "The quadratic model decides how long the steps are.",
         )  # fmt: skip
     for argument, value in (("nesterov", nesterov), ("maximize", maximize)):
         if value:

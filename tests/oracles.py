@@ -317,6 +317,20 @@ def clip_scale(
     return min(1.0, (clip / (lr**2 * abs(inner))) ** 0.5)
 
 
+def grafted(direction: Tensor, update: Tensor) -> Tensor:
+    """The direction with the length of another optimizer's update."""
+    return direction / direction.norm() * update.norm()
+
+
+def adam_update(gradients: Sequence[Tensor]) -> Tensor:
+    """Adam's update after these gradients with β₁ = 0, by its definition."""
+    moment = torch.zeros_like(gradients[0])
+    for gradient in gradients:
+        moment = 0.999 * moment + (1 - 0.999) * gradient**2
+    corrected = moment / (1 - 0.999 ** len(gradients))
+    return gradients[-1] / (corrected.sqrt() + 1e-8)
+
+
 @dataclass
 class Descent:
     """Torch's SGD with momentum; weight decay decoupled: outside of the momentum buffer."""

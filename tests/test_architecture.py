@@ -48,6 +48,7 @@ ALLOWED = {
         "vectors",
     },
     "directions": {"layers"},
+    "grafting": {"directions", "update"},
     "objective": {"preconditioner", "quadratic_model"},
     "rewind": {"curvature", "hooks", "preconditioner"},
     "distributed": NOTHING,

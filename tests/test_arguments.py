@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from kfac import KFAC, Cholesky, Eigen, InverseFree, NewtonSchulz, Preconditioner
+from kfac import (
+    KFAC,
+    Cholesky,
+    Eigen,
+    InverseFree,
+    LevenbergMarquardt,
+    NewtonSchulz,
+    Preconditioner,
+)
 
 NAN, INF = float("nan"), float("inf")
 CRITERION = nn.CrossEntropyLoss()
@@ -34,6 +42,9 @@ KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     ("maximize", "yes", {}),
     *[("model_fraction", value, {}) for value in (0.0, -0.5, 1.5, NAN, "all", 0.5)],
     *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "automatic")],
+    *[("graft", value, {}) for value in ("momentum", "Adam", True, 1.0)],
+    *[("graft", "sgd", {"criterion": CRITERION, key: "auto"}) for key in ("lr", "momentum")],
+    ("graft", "adam", {"criterion": CRITERION, "damping": LevenbergMarquardt()}),
     *[("fallback", value, {"skip": ["*"]}) for value in ("adam", None, 3)],
     ("fallback", lambda groups: "not an optimizer", {"skip": ["*"]}),
     ("fallback", lambda groups: torch.optim.SGD([torch.ones(1)], 1.0), {"skip": ["*"]}),

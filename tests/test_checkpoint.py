@@ -26,6 +26,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "warm start": {"inverse": Eigen(warm_start=True)},
     "warm start, at every step": {"inverse": Eigen(warm_start=True), "inverse_update_period": 1},
     "some refreshes skipped": {"inverse_update_period": 1, "refresh_tolerance": 0.5},
+    "grafted": {"fisher": "mc", "graft": "adam"},
     "adamw fallback": {"fisher": "mc", "fallback": "adamw"},
     "scheduled": {"damping": lambda step: 0.1 / (step + 1), "factor_update_period": 1},
     "blocks": {"max_factor_dim": 10},

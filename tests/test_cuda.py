@@ -24,6 +24,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "type-2, inverse-free": {"fisher": "type-2", "inverse": "inverse-free"},
     "type-2, warm start": {"fisher": "type-2", "inverse": Eigen(warm_start=True)},
     "type-2, some refreshes skipped": {"fisher": "type-2", "refresh_tolerance": 0.5},
+    "type-2, grafted": {"fisher": "type-2", "graft": "adam"},
     "empirical, small factors": {"fisher": "empirical", "max_factor_dim": 5},
     "forward-only": {"fisher": "forward-only"},
 }

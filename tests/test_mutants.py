@@ -10,6 +10,7 @@ import test_checkpoint as checkpoint
 import test_exactness as exactness
 import test_finetuning as finetuning
 import test_gradients_untouched as untouched
+import test_grafting as grafting
 import test_invariance as invariance
 import test_ties as ties
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 import kfac.damping
 import kfac.factors
+import kfac.grafting
 import kfac.inverse.eigen
 import kfac.inverse.factored
 import kfac.optimizer
@@ -26,6 +28,7 @@ from kfac.capture import Capture
 from kfac.curvature import Curvature
 from kfac.factors import Bucket
 from kfac.fisher import Bernoulli, CrossEntropy, _TermwiseLikelihood
+from kfac.grafting import Graft
 from kfac.layers.conv import ConvLayer
 from kfac.layers.embedding import TableLayer
 from kfac.layers.linear import LinearLayer
@@ -488,6 +491,34 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         replace(kfac.optimizer, "descend", couple_weight_decay),
         exactness.test_update_is_that_of_sgd_with_decoupled_weight_decay,
         ("momentum, weight decay",),
+    ),
+    "graft: one length for all layers of a shape": (
+        replace(
+            kfac.grafting,
+            "norms",
+            lambda original, stack: original(stack).square().sum().sqrt().expand(len(stack)),
+        ),
+        grafting.test_a_step_has_the_natural_gradients_direction_and_the_others_length,
+        ("equal layers", "plain", "sgd"),
+    ),
+    "graft: lengths exchanged": (
+        replace(kfac.grafting, "length_ratio", lambda original, wanted, own: original(own, wanted)),
+        grafting.test_a_step_has_the_natural_gradients_direction_and_the_others_length,
+        ("deep linear net", "plain", "sgd"),
+    ),
+    "graft: Adam forgets": (
+        replace(Graft, "commit", lambda original, self, state, accept: None),
+        grafting.test_a_step_has_the_natural_gradients_direction_and_the_others_length,
+        ("deep linear net", "plain", "adam"),
+    ),
+    "graft: a bad batch enters Adam's average": (
+        replace(
+            Graft,
+            "commit",
+            lambda original, self, state, accept: original(self, state, torch.tensor(True)),
+        ),
+        grafting.test_a_bad_batch_leaves_the_averages_alone,
+        (torch.nan,),
     ),
     "KL clip without the square of the learning rate": (
         replace(

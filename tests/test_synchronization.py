@@ -70,6 +70,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "reduce": {"weight_sharing": "reduce"},
     "empirical": {"fisher": "empirical"},
     "without a trust region": {"kl_clip": None, "nesterov": True, "weight_decay": 0.1},
+    "grafted by the gradient": {"graft": "sgd"},
+    "grafted by Adam": {"graft": "adam"},
     "small factors": {"max_factor_dim": 3},
 }
 DEVICES = [

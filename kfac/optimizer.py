@@ -13,6 +13,7 @@ from kfac import checkpoint
 from kfac.arguments import (
     BOOLEAN,
     NON_NEGATIVE,
+    NON_NEGATIVE_INTEGER,
     POSITIVE,
     UNIT_INTERVAL,
     Constraint,
@@ -92,6 +93,9 @@ class KFAC(torch.optim.Optimizer):
             gradient, or of Adam's update (without a first moment), so that ``lr`` is that of the
             other optimizer; see :class:`kfac.grafting.Graft`. None for its own norm. Parameters of
             the fallback are not grafted.
+        burn_in: So many calls of :meth:`step` come before the first step and only update the
+            factors, each of them: neither parameters nor anything else moves, and no inverse is
+            made. They do not count as steps.
         model_fraction: In automatic steps, the share of a batch's examples (the first ones) that
             the curvature of the quadratic model is estimated from, in (0, 1]. Where it is not known
             which axes hold the examples, all are used.
@@ -147,6 +151,7 @@ class KFAC(torch.optim.Optimizer):
         refresh_tolerance: float | None = None,
         kl_clip: float | None = 1e-3,
         graft: GraftName | None = None,
+        burn_in: int = 0,
         model_fraction: float = 1.0,
         grad_scaler: Any = None,
         skip: Sequence[Skip] = (),
@@ -158,8 +163,10 @@ class KFAC(torch.optim.Optimizer):
             raise argument_error("KFAC", "model", "a torch.nn.Module", model)
         check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
         check("KFAC", "graft", graft, GRAFT)
+        check("KFAC", "burn_in", burn_in, NON_NEGATIVE_INTEGER)
         check("KFAC", "model_fraction", model_fraction, _FRACTION)
         self.kl_clip = kl_clip
+        self.burn_in = burn_in
         self._graft = None if graft is None else Graft(graft)
         rule: LevenbergMarquardt | None = None
         if isinstance(damping, LevenbergMarquardt):
@@ -318,7 +325,7 @@ class KFAC(torch.optim.Optimizer):
                 changed then), or if a layer's factors could not be decomposed too many times in a
                 row (the factors have changed, the parameters have not).
         """
-        if self._automatic is not None:
+        if self._automatic is not None and (closure is None or not self._is_burning_in):
             return self._take_automatic_step(self._automatic, closure)
         engine = self._engine
         loss = None
@@ -328,6 +335,11 @@ class KFAC(torch.optim.Optimizer):
         with torch.autocast(engine.params[0].device.type, enabled=False):
             self._update()
         return loss
+
+    @property
+    def _is_burning_in(self) -> bool:
+        """Whether the next call of :meth:`step` only updates the factors."""
+        return self._engine.steps == 0 and self._engine.burned_in < self.burn_in
 
     def _take_automatic_step(self, step: AutomaticStep, closure: Callable[[], Any] | None) -> Any:
         if closure is None:
@@ -356,6 +368,9 @@ class KFAC(torch.optim.Optimizer):
         accept = all_finite(list(gradients.values()) if engine.capture.active else [])
         accept = accept.to(engine.params[0].device)
         engine.update_factors(accept, scale_seen)
+        if self._is_burning_in:
+            engine.advance_burn_in(accept)
+            return
         engine.blocks.refresh(damping, plan.refresh)
         directions = engine.blocks.precondition(gradients, damping)
         accept = accept & self._rescale(directions, gradients).to(accept)
@@ -532,10 +547,12 @@ class KFAC(torch.optim.Optimizer):
     def diagnostics(self) -> dict[str, float]:
         """Numbers of the last step and counts so far; reading them waits for the device.
 
-        As :meth:`kfac.Preconditioner.diagnostics`, and "kl_clip_scale" (ν of the last step, 1 where
-        the trust region did not bind), "damping" (largest over groups) and "lr" (likewise).
+        As :meth:`kfac.Preconditioner.diagnostics`, and "burn_in_steps" (those before the first),
+        "kl_clip_scale" (ν of the last step, 1 where the trust region did not bind), "damping"
+        (largest over groups) and "lr" (likewise).
         """
         found = self._engine.diagnostics() | {
+            "burn_in_steps": self._engine.burned_in,
             "kl_clip_scale": float(self._kl_clip_scale),
             "damping": max(float(group["damping"]) for group in self.param_groups),
         }

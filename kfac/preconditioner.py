@@ -222,6 +222,7 @@ class Preconditioner:
         self.layers, self._reasons = find_layers(model, self.params, **self._finding)
         self.blocks = Curvature(self.layers, self.inverse, refresh_tolerance)
         self.steps = 0
+        self.burned_in = 0
         self._dropped = torch.zeros((), dtype=torch.int64, device=self.params[0].device)
         self._nonfinite = torch.zeros_like(self._dropped)
         self._vectors = None
@@ -279,7 +280,7 @@ class Preconditioner:
         self.capture.remove()
         self.params, self.layers, self._reasons, self.blocks = params, layers, reasons, blocks
         self.capture = self._watch()
-        self.capture.end_step(self.steps)
+        self.capture.end_step(self._turn)
 
     # --- one step, in the order in which it happens --------------------------------------------
 
@@ -407,12 +408,28 @@ class Preconditioner:
             "the model that K-FAC was given, with gradients enabled" + remedy
         )
 
+    @property
+    def _turn(self) -> int:
+        """Seeds the next labels: no two steps have the same, those before the first included."""
+        return self.steps or -self.burned_in
+
+    def _end_step(self, accept: Tensor) -> None:
+        self._nonfinite += (~accept).to(self._nonfinite)
+        self.capture.end_step(self._turn)
+        self.blocks.discard()
+
+    def advance_burn_in(self, accept: Tensor) -> None:
+        """Count a step before the first, which has only updated the factors, as the next one will.
+
+        There is no schedule to follow: an update of the factors is always due in the first step.
+        """
+        self.burned_in += 1
+        self._end_step(accept)
+
     def advance(self, plan: StepPlan, accept: Tensor) -> None:
         """Count a completed step, and whether it was accepted."""
         self.steps += 1
-        self._nonfinite += (~accept).to(self._nonfinite)
-        self.capture.end_step(self.steps)
-        self.blocks.discard()
+        self._end_step(accept)
         self.capture.schedule(active=plan.capture_next or self.blocks.is_waiting)
 
     def discard(self) -> None:
@@ -508,6 +525,7 @@ class Preconditioner:
             "version": checkpoint.VERSION,
             "fisher": self.fisher,
             "steps": self.steps,
+            "burned_in": self.burned_in,
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
             "seed": None if self._vectors is None else self._vectors.seed,
@@ -532,7 +550,8 @@ class Preconditioner:
         if self._vectors is not None:
             self._vectors.seed = state_dict["seed"]
         self.steps = state_dict["steps"]
-        self.capture.end_step(self.steps)
+        self.burned_in = state_dict.get("burned_in", 0)  # older states do not have it
+        self.capture.end_step(self._turn)
         self._dropped.fill_(state_dict["dropped_statistics"])
         self._nonfinite.fill_(state_dict["nonfinite_batches"])
         due = self._factors_due(self.steps)

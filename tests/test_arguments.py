@@ -42,6 +42,7 @@ KFAC_ONLY: list[tuple[str, Any, dict[str, Any]]] = [
     ("maximize", "yes", {}),
     *[("model_fraction", value, {}) for value in (0.0, -0.5, 1.5, NAN, "all", 0.5)],
     *[("kl_clip", value, {}) for value in (0.0, -1.0, NAN, "automatic")],
+    *[("burn_in", value, {}) for value in (-1, 1.0, True, None, lambda step: 1)],
     *[("graft", value, {}) for value in ("momentum", "Adam", True, 1.0)],
     *[("graft", "sgd", {"criterion": CRITERION, key: "auto"}) for key in ("lr", "momentum")],
     ("graft", "adam", {"criterion": CRITERION, "damping": LevenbergMarquardt()}),

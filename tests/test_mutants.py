@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_burn_in as burn_in
 import test_checkpoint as checkpoint
 import test_exactness as exactness
 import test_finetuning as finetuning
@@ -35,6 +36,7 @@ from kfac.layers.linear import LinearLayer
 from kfac.optimizer import KFAC
 from kfac.preconditioner import Preconditioner
 from kfac.taps import Taps
+from kfac.vectors import OutputVectors
 
 
 def without_geometry(key: str, value: object) -> Callable:
@@ -123,6 +125,18 @@ def overflow_enters(original: Replacement, optimizer: KFAC) -> bool:
     if overflowed:
         optimizer._engine.update_factors(torch.tensor(True), 1.0)
     return overflowed
+
+
+def without_statistics_of_the_next(
+    original: Replacement, engine: Preconditioner, accept: Tensor
+) -> None:
+    original(engine, accept)
+    engine.capture.schedule(active=engine.burned_in % engine.factor_update_period.at(0) == 0)
+
+
+def refresh_too(original: Replacement, engine: Preconditioner, accept: Tensor) -> None:
+    engine.blocks.refresh(dict.fromkeys(engine.blocks.layers, 0.3), frozenset())
+    original(engine, accept)
 
 
 def couple_weight_decay(
@@ -377,6 +391,23 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         replace(Bucket, "__post_init__", identity_start),
         invariance.test_running_average_is_exact_from_the_first_update_on,
         (0.7, 1),
+    ),
+    "burn-in: the period of the factors applies": (
+        replace(Preconditioner, "advance_burn_in", without_statistics_of_the_next),
+        burn_in.test_the_first_step_has_the_average_over_all_batches,
+        ("eigen", 3),
+    ),
+    "burn-in: inverses of its first batch": (
+        replace(Preconditioner, "advance_burn_in", refresh_too),
+        burn_in.test_the_first_step_has_the_average_over_all_batches,
+        ("eigen", 3),
+    ),
+    "burn-in: the same labels in every step": (
+        replace(
+            OutputVectors, "start_step", lambda original, self, step: original(self, max(step, 0))
+        ),
+        burn_in.test_every_step_of_the_burn_in_draws_labels_of_its_own,
+        (),
     ),
     # inverses
     "damping added in place": (

@@ -1,6 +1,6 @@
 """Kronecker-factored natural gradient for PyTorch."""
 
-from kfac import covariance
+from kfac import averaging, covariance
 from kfac.fisher import Likelihood
 from kfac.inverse import Cholesky, Eigen, Ekfac, InverseFree, NewtonSchulz
 from kfac.levenberg_marquardt import LevenbergMarquardt
@@ -19,5 +19,6 @@ __all__ = [
     "Likelihood",
     "NewtonSchulz",
     "Preconditioner",
+    "averaging",
     "covariance",
 ]

@@ -350,6 +350,15 @@ class Descent:
         return parameter - self.lr * (step + self.weight_decay * parameter)
 
 
+def parameter_average(values: Sequence[Tensor], decay: float) -> Tensor:
+    """θ̄ₖ = ξₖ θ̄ₖ₋₁ + (1 − ξₖ) θₖ with ξₖ = min(1 − 1/k, ξ), from k = 1."""
+    average = torch.zeros_like(values[0])
+    for k, value in enumerate(values, 1):
+        xi = min(1 - 1 / k, decay)
+        average = xi * average + (1 - xi) * value
+    return average
+
+
 def weighted_average(values: Sequence[Tensor], decay: float) -> Tensor:
     """Σ βᵏ⁻ⁱ vᵢ / Σ βᵏ⁻ⁱ, the latest value with weight one."""
     weights = [decay ** (len(values) - 1 - i) for i in range(len(values))]

@@ -13,7 +13,9 @@ SOURCES = {p.relative_to(ROOT.parent): p.read_text() for p in ROOT.rglob("*.py")
 # What a part of the package may import of it; a part is a module or folder directly in kfac/.
 NOTHING: set[str] = set()
 ALLOWED = {
-    **dict.fromkeys(["arguments", "covariance", "damping", "factors", "fisher"], NOTHING),
+    **dict.fromkeys(
+        ["arguments", "averaging", "covariance", "damping", "factors", "fisher"], NOTHING
+    ),
     **dict.fromkeys(["assignment", "graph", "hooks"], NOTHING),
     **dict.fromkeys(["names", "products", "schedules", "update"], NOTHING),
     "example_gradients": {"products"},

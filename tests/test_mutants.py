@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_averaging as averaging
 import test_burn_in as burn_in
 import test_checkpoint as checkpoint
 import test_exactness as exactness
@@ -18,6 +19,8 @@ import torch
 from mutants import Replacement, replace
 from torch import Tensor, nn
 
+import kfac.averaging
+import kfac.capture
 import kfac.damping
 import kfac.factors
 import kfac.grafting
@@ -30,6 +33,7 @@ from kfac.curvature import Curvature
 from kfac.factors import Bucket
 from kfac.fisher import Bernoulli, CrossEntropy, _TermwiseLikelihood
 from kfac.grafting import Graft
+from kfac.hooks import ModuleHook
 from kfac.layers.conv import ConvLayer
 from kfac.layers.embedding import TableLayer
 from kfac.layers.linear import LinearLayer
@@ -137,6 +141,17 @@ def without_statistics_of_the_next(
 def refresh_too(original: Replacement, engine: Preconditioner, accept: Tensor) -> None:
     engine.blocks.refresh(dict.fromkeys(engine.blocks.layers, 0.3), frozenset())
     original(engine, accept)
+
+
+def hooks_follow_copies(patch: pytest.MonkeyPatch) -> None:
+    """A copied hook calls back, and every backward pass counts as one of the model."""
+    patch.setattr(ModuleHook, "__reduce__", lambda self: (lambda: self, ()))
+    replace(
+        ModuleHook,
+        "__call__",
+        lambda original, self, module, *arguments: original(self, self.module, *arguments),
+    )(patch)
+    patch.setattr(kfac.capture, "receives_gradient", lambda tensor: True)
 
 
 def couple_weight_decay(
@@ -408,6 +423,31 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable, tuple]]
         ),
         burn_in.test_every_step_of_the_burn_in_draws_labels_of_its_own,
         (),
+    ),
+    # averages of the parameters
+    "parameter average: no mean at first": (
+        replace(kfac.averaging, "latest_share", lambda original, count, decay: 1 - decay),
+        averaging.test_the_average_follows_its_formula,
+        (0.99,),
+    ),
+    "parameter average: one model too many in the mean": (
+        replace(
+            kfac.averaging,
+            "latest_share",
+            lambda original, count, decay: original(count + 1, decay),
+        ),
+        averaging.test_the_average_follows_its_formula,
+        (0.99,),
+    ),
+    "parameter average: the mean never ends": (
+        replace(kfac.averaging, "latest_share", lambda original, count, decay: 1 / count),
+        averaging.test_the_average_follows_its_formula,
+        (0.5,),
+    ),
+    "copies of the model feed the factors": (
+        hooks_follow_copies,
+        averaging.test_evaluating_the_average_leaves_no_trace,
+        ("convolutions", "empirical"),
     ),
     # inverses
     "damping added in place": (

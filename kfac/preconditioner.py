@@ -142,7 +142,7 @@ class Preconditioner:
         model: nn.Module,
         params: Sequence[nn.Parameter] | None = None,
         *,
-        damping: Damping = 1e-3,
+        damping: Damping = 0.1,
         criterion: nn.Module | Likelihood | None = None,
         outputs: OutputSelector | None = None,
         fisher: FisherType | None = None,

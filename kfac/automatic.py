@@ -68,6 +68,7 @@ class AutomaticStep:
 
     Attributes:
         damping: λ, None before it is known.
+        preconditioner_damping: γ² in place of λ, None where it is λ.
         figures: Numbers of the last step, for ``diagnostics()``.
         rejected: Number of steps that were undone.
 
@@ -83,6 +84,7 @@ class AutomaticStep:
         self._products = FisherProducts(unwrapped(engine.model), engine.likelihood)
         rule = settings.levenberg_marquardt
         self.damping = None if rule is None else rule.initial
+        self.preconditioner_damping: float | None = None
         self.rejected = 0
         self.figures = dict.fromkeys(("lr", "momentum", "reduction_ratio"), float("nan"))
         self.is_evaluating = False
@@ -125,7 +127,7 @@ class AutomaticStep:
         state: dict[Any, Any],
         evaluated: "Evaluated",
     ) -> None:
-        engine = self._engine
+        engine, rule = self._engine, self._settings.levenberg_marquardt
         plan = engine.plan()
         objective = Objective.of(engine, groups, state)
         finite = all_finite([*objective.gradients.values(), torch.tensor(evaluated.loss)])
@@ -135,9 +137,12 @@ class AutomaticStep:
             return
         if evaluated.is_watched and self.damping is None:
             self._calibrate(objective, evaluated)
-        damping = self._damping(groups)
-        engine.blocks.refresh(objective.preconditioner_damping(damping), plan.refresh)
-        chosen = self._choose(objective, damping)
+        damping, own = self._damping(groups), self.preconditioner_damping
+        if rule is not None and rule.is_searched(engine.steps):
+            chosen = self._search(rule, objective, damping)
+        else:
+            engine.blocks.refresh(self._by_layer(objective, damping), plan.refresh)
+            chosen = self._choose(objective, damping)
         saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         objective.move(chosen.step)
         self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
@@ -147,6 +152,7 @@ class AutomaticStep:
         else:
             evaluated.start.restore()
             objective.restore(saved)
+            self.preconditioner_damping = own
             self.rejected += 1
         engine.advance(plan, finite)
 
@@ -175,12 +181,18 @@ class AutomaticStep:
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the last steps."""
-        return {"damping": self.damping, "rejected": self.rejected, "figures": dict(self.figures)}
+        return {
+            "damping": self.damping,
+            "preconditioner_damping": self.preconditioner_damping,
+            "rejected": self.rejected,
+            "figures": dict(self.figures),
+        }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned."""
         self.damping, self.rejected = saved["damping"], saved["rejected"]
         self.figures = dict(saved["figures"])
+        self.preconditioner_damping = saved["preconditioner_damping"]
 
     # --- damping -------------------------------------------------------------------------------
 
@@ -206,6 +218,31 @@ class AutomaticStep:
             return ratio
 
         self.damping = rule.calibrate(ratio_at)
+
+    def _by_layer(self, objective: Objective, damping: float) -> dict[str, float]:
+        """The preconditioner's damping by layer: γ² + η, or λ + η where there is no γ."""
+        own = self.preconditioner_damping
+        return objective.preconditioner_damping(damping if own is None else own)
+
+    def _search(self, rule: LevenbergMarquardt, objective: Objective, damping: float) -> ModelStep:
+        """Choose γ² with the step, and refresh all inverses with it."""
+        center = self.preconditioner_damping
+        best: tuple[float, ModelStep] | None = None
+        for candidate in rule.candidates(damping if center is None else center):
+            self._refresh(objective, candidate)
+            chosen = self._choose(objective, damping)
+            if best is None or chosen.change < best[1].change:
+                best = candidate, chosen
+        assert best is not None
+        if best[0] != self.preconditioner_damping:
+            self._refresh(objective, best[0])
+        return best[1]
+
+    def _refresh(self, objective: Objective, candidate: float) -> None:
+        """Refresh all inverses with a γ²."""
+        self.preconditioner_damping = candidate
+        by_layer = objective.preconditioner_damping(candidate)
+        self._engine.blocks.refresh(by_layer, by_layer.keys())
 
     def _adapt(self, ratio: float) -> bool:
         """Adapt λ to ρ; whether the step is good enough to be kept."""
@@ -248,7 +285,7 @@ class AutomaticStep:
         engine, settings = self._engine, self._settings
         recorder = engine.capture.recorder
         assert recorder is not None
-        by_layer = objective.preconditioner_damping(damping)
+        by_layer = self._by_layer(objective, damping)
         stacks = engine.blocks.precondition(objective.gradients, by_layer)
         preconditioned = {p: d.to(p.dtype) for p, d in stacks.by_parameter().items()}
         if settings.lr is not None and settings.kl_clip is not None and preconditioned:

@@ -14,6 +14,7 @@ _BOUNDS = Constraint(
         isinstance(v, tuple) and len(v) == 2 and all(map(POSITIVE.accepts, v)) and v[0] < v[1]
     ),
 )
+_SEARCH = Constraint("an integer >= 1 or None", lambda v: v is None or POSITIVE_INTEGER.accepts(v))
 _LEAST_RATIO = Constraint("a number <= 1/4", lambda v: isinstance(v, (int, float)) and v <= 1 / 4)
 
 
@@ -35,6 +36,8 @@ class LevenbergMarquardt:
         period: Steps between two adaptations.
         decay: ω in (0, 1), per step.
         bounds: Smallest and largest λ, in units of the Fisher.
+        search_period: Steps between two searches for a damping γ² that the preconditioner has for
+            itself, see :meth:`candidates`; None to damp it by λ, too.
         least_ratio: A step with a smaller ρ is undone, as is one to where the loss is not finite.
 
     Raises:
@@ -42,7 +45,7 @@ class LevenbergMarquardt:
 
     Source:
         Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
-        Curvature", section 6.5; there λ has no bounds and starts at 150.
+        Curvature", sections 6.5 and 6.6; there λ has no bounds and starts at 150.
     """
 
     initial: float | None = None
@@ -50,6 +53,7 @@ class LevenbergMarquardt:
     decay: float = 19 / 20
     bounds: tuple[float, float] = (1e-4, 1e3)
     least_ratio: float = -1.0
+    search_period: int | None = None
 
     def __post_init__(self) -> None:
         for argument, value, constraint in (
@@ -58,6 +62,7 @@ class LevenbergMarquardt:
             ("decay", self.decay, _DECAY),
             ("bounds", self.bounds, _BOUNDS),
             ("least_ratio", self.least_ratio, _LEAST_RATIO),
+            ("search_period", self.search_period, _SEARCH),
         ):
             check("LevenbergMarquardt", argument, value, constraint)
         lower, upper = self.bounds
@@ -97,6 +102,27 @@ class LevenbergMarquardt:
     def accepts(self, ratio: float) -> bool:
         """Whether a step with this ρ is kept."""
         return ratio >= self.least_ratio
+
+    def is_searched(self, step: int) -> bool:
+        """Whether γ² is searched for in the step that follows ``step`` completed ones."""
+        return self.search_period is not None and step % self.search_period == 0
+
+    def candidates(self, damping: float) -> list[float]:
+        """Dampings of the preconditioner to choose from: γ² as it is, smaller and larger.
+
+        Args:
+            damping: γ².
+
+        Returns:
+            γ² times 1, ω^T and ω^−T, within the bounds, T steps being the search period.
+
+        Source:
+            Martens & Grosse 2015, section 6.6: of the three, the one whose step has the least M(δ).
+        """
+        assert self.search_period is not None
+        factor = self.decay**self.search_period
+        values = [self._bounded(damping * f) for f in (1.0, factor, 1 / factor)]
+        return list(dict.fromkeys(values))
 
     def calibrate(
         self,

@@ -558,7 +558,9 @@ class KFAC(torch.optim.Optimizer):
         }
         if self._automatic is None:
             return found | {"lr": max(float(group["lr"]) for group in self.param_groups)}
-        return found | self._automatic.figures | {"rejected_steps": self._automatic.rejected}
+        found |= self._automatic.figures | {"rejected_steps": self._automatic.rejected}
+        own = self._automatic.preconditioner_damping
+        return found if own is None else found | {"preconditioner_damping": own}
 
     def remove_hooks(self) -> None:
         """Remove every hook from the model and the criterion; the factors stay as they are."""

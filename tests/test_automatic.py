@@ -86,7 +86,20 @@ def reference_step(
     last: Tensor,
     fixed: tuple[float | None, float | None],
 ) -> Tensor:
-    """δ as one vector, from explicit matrices."""
+    """δ as one vector."""
+    return reference_model(model, criterion, batch, last, fixed, LAMBDA, LAMBDA)[0]
+
+
+def reference_model(
+    model: nn.Module,
+    criterion: nn.Module,
+    batch: tuple[Tensor, Tensor],
+    last: Tensor,
+    fixed: tuple[float | None, float | None],
+    damping: float,
+    own_damping: float,
+) -> tuple[Tensor, float]:
+    """δ as one vector and M(δ) − M(0), from explicit matrices."""
     parameters = list(model.parameters())
     theta = torch.cat([p.detach().flatten() for p in parameters])
     loss = criterion(model(batch[0]), batch[1])
@@ -106,7 +119,7 @@ def reference_step(
         block = oracles.to_blocks(
             layer, slope[places[layer.weight]].view_as(layer.weight), slope[places[layer.bias]]
         )
-        solved = oracles.solve_factored_damping(a, g, LAMBDA + ETA, block)[0]
+        solved = oracles.solve_factored_damping(a, g, own_damping + ETA, block)[0]
         direction[at] = torch.cat([solved[:, :-1].flatten(), solved[:, -1]])
         rest[at] = 0
     directions, given = [direction, last], [fixed[0], fixed[1]]
@@ -116,7 +129,7 @@ def reference_step(
     d = torch.stack(directions)
     start = torch.tensor([c or 0.0 for c in given]).double()
     free = torch.eye(len(d)).double()[[i for i, c in enumerate(given) if c is None]]
-    curvature = fisher + (LAMBDA + ETA) * torch.eye(len(fisher)).double()
+    curvature = fisher + (damping + ETA) * torch.eye(len(fisher)).double()
 
     def value(c: Tensor) -> Tensor:
         delta = (start + c @ free) @ d
@@ -127,7 +140,7 @@ def reference_step(
     solution = torch.linalg.lstsq(
         hessian, -torch.autograd.functional.jacobian(value, zero)[:, None], driver="gelsd"
     ).solution[:, 0]
-    return (start + solution @ free) @ d
+    return (start + solution @ free) @ d, float(value(solution))
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -167,6 +180,39 @@ def check_steps(model: str, given: str, **settings: Any) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_steps_minimise_the_model(model: str, given: str) -> None:
     check_steps(model, given)
+
+
+def check_search() -> None:
+    torch.manual_seed(0)
+    problem = Problem()
+    reference = copy.deepcopy(problem)
+    rule = LevenbergMarquardt(initial=LAMBDA, search_period=2, decay=0.5, least_ratio=-1e9)
+    optimizer = problem.optimizer(damping=rule)
+    last = torch.zeros(sum(p.numel() for p in reference.model.parameters())).double()
+    own = LAMBDA
+    chosen = []
+    for step, batch in enumerate(problem.batches):
+        damping = optimizer.param_groups[0]["damping"]
+        tried = [own, own / 4, own * 4] if step % 2 == 0 else [own]
+        net, criterion, free = reference.model, reference.criterion, (None, None)
+        found = [reference_model(net, criterion, batch, last, free, damping, c) for c in tried]
+        (last, _), own = min(zip(found, tried, strict=True), key=lambda pair: pair[0][1])
+        before = torch.cat([p.flatten() for p in values(problem.model)])
+        optimizer.step(problem.closure(optimizer, batch))
+        after = torch.cat([p.flatten() for p in values(problem.model)])
+        torch.testing.assert_close(after - before, last, rtol=1e-7, atol=1e-8)
+        assert optimizer.diagnostics()["preconditioner_damping"] == pytest.approx(own)
+        chosen.append(own)
+        with torch.no_grad():
+            for mine, theirs in zip(
+                reference.model.parameters(), problem.model.parameters(), strict=True
+            ):
+                mine.copy_(theirs)
+    assert len(set(chosen)) > 1  # the search has gone somewhere
+
+
+def test_the_preconditioner_takes_the_damping_whose_step_the_model_likes_best() -> None:
+    check_search()
 
 
 def test_diagnostics_hold_the_coefficients() -> None:
@@ -314,12 +360,14 @@ def assert_equal(one: Any, other: Any) -> None:
         assert one == other
 
 
-def check_rejection(there: float) -> None:
+def check_rejection(there: float, search_period: int | None = None) -> None:
     problem = noisy()
-    rule = LevenbergMarquardt(initial=0.1, period=3, decay=0.5, bounds=(1e-4, 1e4))
+    rule = LevenbergMarquardt(
+        initial=0.1, period=3, decay=0.5, bounds=(1e-4, 1e4), search_period=search_period
+    )
     optimizer = problem.optimizer(damping=rule, factor_decay=0.9, fisher="mc")
     problem.train(optimizer, 2)
-    before, damping = everything(problem, optimizer), optimizer.diagnostics()["damping"]
+    before, figures = everything(problem, optimizer), optimizer.diagnostics()
     calls = 0
 
     def closure() -> Tensor:
@@ -333,14 +381,18 @@ def check_rejection(there: float) -> None:
     assert_equal(everything(problem, optimizer), before)
     found = optimizer.diagnostics()
     assert found["rejected_steps"] == 1
-    assert found["damping"] == damping / 0.5**12
+    assert found["damping"] == figures["damping"] / 0.5**12
+    assert found.get("preconditioner_damping") == figures.get("preconditioner_damping")
     problem.train(optimizer, 4)
     assert not torch.equal(values(problem.model)[0], before["parameters"][0])
 
 
+@pytest.mark.parametrize("search_period", [None, 1])
 @pytest.mark.parametrize("there", [1e6, math.nan, math.inf])
-def test_a_step_that_made_it_worse_is_undone_bit_for_bit(there: float) -> None:
-    check_rejection(there)
+def test_a_step_that_made_it_worse_is_undone_bit_for_bit(
+    there: float, search_period: int | None
+) -> None:
+    check_rejection(there, search_period)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -560,6 +612,17 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., Non
     "surroundings not restored": (forgotten("restore"), check_rejection, (1e6,)),
     "the last step kept after a retreat": (
         replace(AutomaticStep, "_retreat", lambda original, *arguments: None), check_retreat, (),
+    ),
+    "the first candidate is taken": (
+        replace(LevenbergMarquardt, "candidates", lambda original, self, damping: [damping]),
+        check_search, (),
+    ),
+    "inverses keep the last candidate": (
+        replace(AutomaticStep, "_search", lambda original, self, rule, objective, damping: (
+            original(self, rule, objective, damping),
+            self._refresh(objective, rule.candidates(self.preconditioner_damping)[-1]),
+        )[0]),
+        check_search, (),
     ),
 }  # fmt: skip
 

@@ -1,5 +1,8 @@
 """A net that is hard for first-order methods: 20 layers of tanh, nothing normalised or skipped."""
 
+from collections.abc import Callable
+from itertools import pairwise
+
 import torch
 from sklearn.datasets import load_digits
 from torch import nn
@@ -12,7 +15,7 @@ STEPS = 80
 def deep_net() -> nn.Sequential:
     widths = [64] * 20 + [10]
     layers: list[nn.Module] = []
-    for d_in, d_out in zip(widths[:-1], widths[1:], strict=True):
+    for d_in, d_out in pairwise(widths):
         layer = nn.Linear(d_in, d_out)
         nn.init.xavier_normal_(layer.weight)
         nn.init.zeros_(layer.bias)
@@ -20,12 +23,13 @@ def deep_net() -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def accuracy_after(optimizer_of: object) -> float:
+def accuracy_after(
+    optimizer_of: Callable[[nn.Module, nn.Module], torch.optim.Optimizer],
+) -> float:
     """Share of the training images that are right after some steps of batch 256."""
     torch.manual_seed(0)
     model, criterion = deep_net(), nn.CrossEntropyLoss()
     assert sum(isinstance(module, nn.Linear) for module in model) == 20
-    assert callable(optimizer_of)
     optimizer = optimizer_of(model, criterion)
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16

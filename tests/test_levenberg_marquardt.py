@@ -16,6 +16,7 @@ NAN, INF = float("nan"), float("inf")
     [
         *[("initial", value) for value in (0.0, -1.0, NAN, INF, "auto", True, 1e-9, 1e9)],
         *[("period", value) for value in (0, -1, 2.5, None, True)],
+        *[("search_period", value) for value in (0, -1, 2.5, True)],
         *[("decay", value) for value in (0.0, 1.0, 1.5, NAN, "slow")],
         *[("bounds", value) for value in ((0.0, 1.0), (1.0, 1.0), (2.0, 1.0), (1.0,), 1.0, None)],
         *[("bounds", value) for value in ((1e-3, INF), (NAN, 1.0), [1e-3, 1.0])],
@@ -72,6 +73,14 @@ def test_damping_is_adapted_once_in_a_period_and_more_often_at_first() -> None:
     due = [step + 1 for step in range(40) if rule.is_due(step)]
     assert due == [1, 2, 4, 5, 8, 10, 15, 16, 20, 25, 30, 35, 40]
     assert all(LevenbergMarquardt(period=1).is_due(step) for step in range(3))
+
+
+def test_candidates_are_as_it_is_and_a_step_to_either_side() -> None:
+    rule = LevenbergMarquardt(search_period=3, decay=0.5, bounds=(0.1, 10.0))
+    assert rule.candidates(1.0) == [1.0, 0.125, 8.0]
+    assert rule.candidates(10.0) == [10.0, 1.25]
+    assert [step for step in range(10) if rule.is_searched(step)] == [0, 3, 6, 9]
+    assert not LevenbergMarquardt().is_searched(0)
 
 
 def check_search() -> None:

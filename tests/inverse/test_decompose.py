@@ -96,8 +96,8 @@ def test_a_failed_refresh_keeps_the_last_good_inverse_and_is_counted(
 ) -> None:
     model = nn.Linear(3, 2)
     optimizer = KFAC(
-        model, lr=0.1, inverse=Cholesky(max_consecutive_failures=3), factor_update_period=1,
-        inverse_update_period=1,
+        model, lr=0.1, damping=1e-3, inverse=Cholesky(max_consecutive_failures=3),
+        factor_update_period=1, inverse_update_period=1,
     )  # fmt: skip
     train_step(model, optimizer)
     good = optimizer.state_dict()["kfac"]["layers"][""]["inverse"]

@@ -79,25 +79,14 @@ def values(model: nn.Module) -> list[Tensor]:
     return [p.detach().clone() for p in model.parameters()]
 
 
-def reference_step(
-    model: nn.Module,
-    criterion: nn.Module,
-    batch: tuple[Tensor, Tensor],
-    last: Tensor,
-    fixed: tuple[float | None, float | None],
-) -> Tensor:
-    """δ as one vector."""
-    return reference_model(model, criterion, batch, last, fixed, LAMBDA, LAMBDA)[0]
-
-
 def reference_model(
     model: nn.Module,
     criterion: nn.Module,
     batch: tuple[Tensor, Tensor],
     last: Tensor,
     fixed: tuple[float | None, float | None],
-    damping: float,
-    own_damping: float,
+    damping: float = LAMBDA,
+    own_damping: float = LAMBDA,
 ) -> tuple[Tensor, float]:
     """δ as one vector and M(δ) − M(0), from explicit matrices."""
     parameters = list(model.parameters())
@@ -163,7 +152,7 @@ def check_steps(model: str, given: str, **settings: Any) -> None:
     optimizer = problem.optimizer(**extra, **settings)
     last = torch.zeros(sum(p.numel() for p in reference.model.parameters())).double()
     for batch in problem.batches:
-        delta = reference_step(reference.model, reference.criterion, batch, last, fixed)
+        delta, _ = reference_model(reference.model, reference.criterion, batch, last, fixed)
         before = torch.cat([p.flatten() for p in values(problem.model)])
         optimizer.step(problem.closure(optimizer, batch))
         after = torch.cat([p.flatten() for p in values(problem.model)])

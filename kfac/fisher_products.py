@@ -54,9 +54,11 @@ class FisherProducts:
                 reverse mode, or if an argument or target was modified in place since the call.
 
         Cost:
-            For every direction about a forward and a backward pass in forward mode, and up to
-            three with double backward; the first time one of each more. No gradient, buffer or
-            generator of random numbers is touched.
+            A forward pass, and for every direction two more in forward mode, or up to three times a
+            forward and a backward pass with double backward; the first time a forward and a
+            backward pass more. In forward mode with several directions, the outputs of
+            convolutions, linear layers and BatchNorm are kept from the first to the last. No
+            gradient, buffer or generator of random numbers is touched.
 
         Source:
             Martens & Grosse 2015, section 7; Martens 2020, section 8.

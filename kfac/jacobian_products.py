@@ -1,7 +1,8 @@
 """Products J d of the Jacobian of a model's output by its parameters.
 
-By forward mode, one pass for each direction: about the cost of a forward and a backward pass. An
-operation without a forward-mode derivative is left to two reverse passes,
+By forward mode, one pass for each direction, which costs about two forward passes, see
+:mod:`kfac.forward_mode`. An operation without a forward-mode derivative is left to two reverse
+passes,
 
     J d = ∂/∂u ((Jᵀu)ᵀ d),
 
@@ -15,13 +16,13 @@ Source:
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from kfac.forward_mode import SharedPrimals, dual, load_forward_mode, parts
 from kfac.recorder import RecordedCall
 
 Mode = Literal["forward", "double-backward"]
@@ -52,7 +53,7 @@ class JacobianProducts:
         self._model = model
         self.is_checked = False
         self._repeats = True  # until a repeated forward pass gives another output
-        _load_forward_mode()
+        load_forward_mode()
 
     def __call__(self, call: RecordedCall, directions: Sequence[Direction]) -> list[list[Tensor]]:
         """J d for every direction, on one call of the model.
@@ -93,7 +94,13 @@ class JacobianProducts:
         """The products, None if they cannot be had or are not those of the backward pass."""
         self.mode = "double-backward"
         try:
-            tangents = [self._pushed_forward(call, direction) for direction in directions]
+            shared = SharedPrimals(keep=len(directions) > 1)
+            tangents = [
+                self._pushed_forward(
+                    call, direction, shared if self._repeats else SharedPrimals(keep=False)
+                )
+                for direction in directions
+            ]
         except NotImplementedError as error:
             self.reason = str(error).split("\n")[0]
             return None
@@ -103,14 +110,18 @@ class JacobianProducts:
         self.mode = "forward"
         return tangents
 
-    def _pushed_forward(self, call: RecordedCall, direction: _Named) -> list[Tensor]:
+    def _pushed_forward(
+        self, call: RecordedCall, direction: _Named, rules: SharedPrimals
+    ) -> list[Tensor]:
         parameters = dict(self._model.named_parameters())
         with torch.no_grad(), forward_ad.dual_level():
             duals = {
-                name: _dual(parameters[name].detach(), tangent)
+                name: dual(parameters[name].detach(), tangent)
                 for name, tangent in direction.items()
             }
-            return [_tangent(output) for output in self._outputs(call, duals)]
+            with rules:
+                outputs = self._outputs(call, duals)
+            return [_tangent(output) for output in outputs]
 
     def _fit_backward(
         self,
@@ -195,24 +206,10 @@ def _is_repeated(call: RecordedCall, outputs: Sequence[Tensor]) -> bool:
     return True
 
 
-@cache
-def _load_forward_mode() -> None:
-    """Have torch set up its forward mode, which warns of a deprecation within torch."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
-        warnings.simplefilter("ignore", FutureWarning)
-        _dual(torch.zeros(1), torch.zeros(1))
-
-
-def _dual(primal: Tensor, tangent: Tensor) -> Tensor:
-    dual: Tensor = forward_ad.make_dual(primal, tangent)  # type: ignore[no-untyped-call]
-    return dual
-
-
-def _tangent(dual: Tensor) -> Tensor:
+def _tangent(output: Tensor) -> Tensor:
     """The derivative along the direction, zeros where it has no influence."""
-    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
-    product: Tensor = torch.zeros_like(primal) if tangent is None else tangent
-    return product
+    primal, tangent = parts(output)
+    return torch.zeros_like(primal) if tangent is None else tangent
 
 
 def _unstructured(output: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ ALLOWED = {
         ["arguments", "averaging", "covariance", "damping", "factors", "fisher"], NOTHING
     ),
     **dict.fromkeys(["assignment", "graph", "hooks"], NOTHING),
-    **dict.fromkeys(["names", "products", "schedules", "update"], NOTHING),
+    **dict.fromkeys(["forward_mode", "names", "products", "schedules", "update"], NOTHING),
     "example_gradients": {"products"},
     "layers": {"covariance", "example_gradients", "factors"},
     "inverse": {"damping", "factors", "products"},
@@ -29,7 +29,7 @@ ALLOWED = {
     "summary": {"layers", "names"},
     "vectors": {"fisher"},
     "recorder": {"hooks"},
-    "jacobian_products": {"recorder"},
+    "jacobian_products": {"forward_mode", "recorder"},
     "fisher_products": {"fisher", "jacobian_products", "recorder"},
     **dict.fromkeys(["quadratic_model", "levenberg_marquardt"], NOTHING),
     "linear_calls": {"layers"},

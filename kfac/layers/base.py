@@ -200,6 +200,22 @@ class Layer(ABC):
     def leading_size(self, x: Tensor) -> int:
         """Size of the axis of the input that holds the examples; 1 without such an axis."""
 
+    def tells_examples(self, x: Tensor, examples: int) -> bool:
+        """Whether the axis of :meth:`leading_size`, a multiple of ``examples``, holds these."""
+        return True
+
+    def leading_part(self, x: Tensor, size: int) -> tuple["Layer", Tensor]:
+        """What a call on all examples has computed for the first of them.
+
+        Args:
+            x: The input with the axis of :meth:`leading_size`.
+            size: So much of this axis is kept.
+
+        Returns:
+            The layer and the input that have the same rows, and no others.
+        """
+        return self, x[:size]
+
     @abstractmethod
     def row_count(self, x: Tensor) -> int:
         """Number of rows a in the module's input: examples times positions."""

@@ -94,6 +94,10 @@ class EmbeddingLayer(TableLayer):
         """Size of the first axis; 1 for a single token."""
         return x.shape[0] if x.dim() else 1
 
+    def tells_examples(self, x: Tensor, examples: int) -> bool:
+        """Not if there are more tokens along one axis: they may be positions, for all examples."""
+        return x.dim() > 1 or tuple(x.shape) == (examples,)
+
     def row_count(self, x: Tensor) -> int:
         """Number of tokens."""
         return x.numel()
@@ -181,13 +185,16 @@ class EmbeddingBagLayer(TableLayer):
         bags, count = self._bags(tokens, call.get("offsets"))
         tokens = tokens.reshape(-1)
         coefficients = self._coefficients(tokens, bags, count, weights)
-        entries = torch.stack([bags.double(), tokens.double(), coefficients], dim=-1)
-        slots = -(-len(entries) // max(count, 1))
-        return F.pad(entries, (0, 0, 0, count * slots - len(entries))).reshape(count, slots, 3)
+        return _slots(torch.stack([bags.double(), tokens.double(), coefficients], -1), count)
 
     def leading_size(self, x: Tensor) -> int:
         """Number of bags."""
         return len(x)
+
+    def leading_part(self, x: Tensor, size: int) -> tuple[Layer, Tensor]:
+        """The first bags; slots of others are left over, since their number is not known."""
+        entries = x.reshape(-1, 3)
+        return self, _slots(torch.where(entries[:, :1] < size, entries, 0.0), size)
 
     def row_count(self, x: Tensor) -> int:
         """Number of bags."""
@@ -245,6 +252,12 @@ class EmbeddingBagLayer(TableLayer):
         cells = bags // (len(x) // parts) * self.shape.d_in + tokens
         sums = coefficients.new_zeros(parts * self.shape.d_in)
         return sums.index_add_(0, cells, coefficients).reshape(parts, -1)
+
+
+def _slots(entries: Tensor, bags: int) -> Tensor:
+    """Fill entries ``[n, 3]`` up with zeros to ``[bags, slots, 3]``."""
+    slots = -(-len(entries) // max(bags, 1))
+    return F.pad(entries, (0, 0, 0, bags * slots - len(entries))).reshape(bags, slots, 3)
 
 
 def _totals(parts: Tensor, cells: Tensor) -> Tensor:

@@ -147,12 +147,19 @@ class BatchNormLayer(NormLayer):
     module: _NormBase
     by_running_statistics = False
     _is_over_the_batch = True
+    _whole_batch: Tensor | None = None  # what a part of a call's input is normalised with
 
     def as_called(self) -> Self:
         """Remember the statistics that this call normalises by."""
         call = copy(self)
         call.by_running_statistics = not self.module.training and self._has_running_statistics()
         return call
+
+    def leading_part(self, x: Tensor, size: int) -> tuple[Layer, Tensor]:
+        """The first examples, which the others have helped to normalise."""
+        call = copy(self)
+        call._whole_batch = x
+        return call, x[:size]
 
     def normalized(self, x: Tensor) -> Tensor:
         """Normalise over examples and positions, or by the running statistics."""
@@ -166,7 +173,8 @@ class BatchNormLayer(NormLayer):
 
     def _sums(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What has been normalised by its own statistics has these sums by definition."""
-        if self.by_running_statistics or not self._is_over_the_batch:
+        is_whole = self._whole_batch is None
+        if self.by_running_statistics or not (self._is_over_the_batch and is_whole):
             return super()._sums(x)
         _, variance = torch.batch_norm_update_stats(x, None, None, 0.0)
         rows = x.numel() // x.shape[1]
@@ -177,7 +185,11 @@ class BatchNormLayer(NormLayer):
         return self.module.running_mean is not None
 
     def _by_own_statistics(self, x: Tensor) -> Tensor:
-        return F.batch_norm(x, None, None, training=True, eps=self.module.eps)
+        if self._whole_batch is None:
+            return F.batch_norm(x, None, None, training=True, eps=self.module.eps)
+        whole = self._whole_batch.to(x.dtype)
+        mean, variance = torch.batch_norm_update_stats(whole, None, None, 0.0)
+        return F.batch_norm(x, mean, variance, eps=self.module.eps)
 
 
 class InstanceNormLayer(BatchNormLayer):

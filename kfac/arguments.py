@@ -50,6 +50,7 @@ def _is_integer(value: object) -> bool:
 POSITIVE = Constraint("a finite number > 0", lambda v: _is_real(v) and v > 0)
 NON_NEGATIVE = Constraint("a finite number >= 0", lambda v: _is_real(v) and v >= 0)
 UNIT_INTERVAL = Constraint("a number in [0, 1)", lambda v: _is_real(v) and 0 <= v < 1)
+FRACTION = Constraint("a number in (0, 1]", lambda v: _is_real(v) and 0 < v <= 1)
 POSITIVE_INTEGER = Constraint("an integer >= 1", lambda v: _is_integer(v) and v >= 1)
 NON_NEGATIVE_INTEGER = Constraint("an integer >= 0", lambda v: _is_integer(v) and v >= 0)
 INTEGER = Constraint("an integer", _is_integer)

@@ -67,6 +67,7 @@ class Capture:
         position_mask: Where a call's argument or a function of all tells which positions are real.
         vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
+        fraction: Share of a batch's examples that moments are estimated from.
         records_calls: Whether the model's calls are kept until the step, to be made again.
 
     Attributes:
@@ -94,6 +95,7 @@ class Capture:
         position_mask: PositionMask | None,
         vectors: OutputVectors | None,
         bases: Bases | None,
+        fraction: float,
         records_calls: bool = False,
     ) -> None:
         self.fisher = fisher
@@ -106,7 +108,9 @@ class Capture:
         self.recorder = Recorder(unwrapped(model), select) if records_calls else None
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
-        self.statistics = Statistics(sink, with_gradients=fisher != "forward-only", bases=bases)
+        self.statistics = Statistics(
+            sink, with_gradients=fisher != "forward-only", bases=bases, fraction=fraction
+        )
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
         self._has_looked_for_mixing = False

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 from kfac import checkpoint
 from kfac.arguments import (
     BOOLEAN,
+    FRACTION,
     NON_NEGATIVE,
     NON_NEGATIVE_INTEGER,
     POSITIVE,
@@ -48,7 +49,6 @@ _MOMENTUM = Constraint(
     lambda v: v == "auto" if isinstance(v, str) else UNIT_INTERVAL.accepts(v),
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
-_FRACTION = Constraint("a number in (0, 1]", lambda v: POSITIVE.accepts(v) and v <= 1)
 _GROUP_CONSTRAINTS = {
     "lr": _LR,
     "momentum": _MOMENTUM,
@@ -145,6 +145,7 @@ class KFAC(torch.optim.Optimizer):
         weight_sharing: SharingRule = "expand",
         inverse: InverseName | Inverse = "cholesky",
         factor_decay: float = 0.95,
+        factor_fraction: float = 1.0,
         factor_update_period: Period | None = None,
         inverse_update_period: Period | None = None,
         stagger_refreshes: bool = True,
@@ -164,7 +165,7 @@ class KFAC(torch.optim.Optimizer):
         check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
         check("KFAC", "graft", graft, GRAFT)
         check("KFAC", "burn_in", burn_in, NON_NEGATIVE_INTEGER)
-        check("KFAC", "model_fraction", model_fraction, _FRACTION)
+        check("KFAC", "model_fraction", model_fraction, FRACTION)
         self.kl_clip = kl_clip
         self.burn_in = burn_in
         self._graft = None if graft is None else Graft(graft)
@@ -208,6 +209,7 @@ class KFAC(torch.optim.Optimizer):
             weight_sharing=weight_sharing,
             inverse=inverse,
             factor_decay=factor_decay,
+            factor_fraction=factor_fraction,
             **self._periods(factor_update_period, inverse_update_period),
             stagger_refreshes=stagger_refreshes,
             refresh_tolerance=refresh_tolerance,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from kfac import checkpoint
 from kfac.arguments import (
     BOOLEAN,
+    FRACTION,
     INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
@@ -109,6 +110,9 @@ class Preconditioner:
             damping, measured eigenvalues), ``"newton-schulz"`` (factored damping by matrix
             products), ``"inverse-free"`` (a root of that inverse, updated) or a strategy.
         factor_decay: β in [0, 1) of the running averages of A and G.
+        factor_fraction: Share of a batch's examples (the first ones, one at least) that A, G and
+            the second moments of ``"ekfac"`` are estimated from, in (0, 1]. Where a layer's
+            leading axis does not tell the examples, all of its rows are used.
         factor_update_period: Steps between updates of the factors, or a function of the step.
         inverse_update_period: Steps between refreshes of the inverses, or a function of the step.
         stagger_refreshes: Spread the layers' refreshes over the period, so that no step has to wait
@@ -154,6 +158,7 @@ class Preconditioner:
         weight_sharing: SharingRule = "expand",
         inverse: InverseName | Inverse = "cholesky",
         factor_decay: float = 0.95,
+        factor_fraction: float = 1.0,
         factor_update_period: Period = 10,
         inverse_update_period: Period = 100,
         stagger_refreshes: bool = True,
@@ -175,6 +180,7 @@ class Preconditioner:
             ("loss_terms", loss_terms, LOSS_TERMS, ""),
             ("position_mask", position_mask, POSITION_MASK, ""),
             ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
+            ("factor_fraction", factor_fraction, FRACTION, ""),
             ("stagger_refreshes", stagger_refreshes, BOOLEAN, ""),
             ("refresh_tolerance", refresh_tolerance, _TOLERANCE, ""),
             ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
@@ -242,6 +248,7 @@ class Preconditioner:
             "outputs": outputs,
             "loss_terms": loss_terms,
             "position_mask": position_mask,
+            "fraction": factor_fraction,
             "vectors": self._vectors,
             "records_calls": records_calls,
         }

@@ -82,14 +82,20 @@ class Statistics:
         sink: Receives every moment.
         with_gradients: Whether G is wanted at all.
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
+        fraction: Share of a call's examples (the first ones, one at least) that moments are
+            estimated from, in (0, 1]. G and S are divided by the share that was taken, to be those
+            of all examples in expectation. A call whose examples are not known is used whole.
 
     Source:
         Eschenhagen et al. 2023, sections 3.1 and 3.2.
     """
 
-    def __init__(self, sink: Sink, *, with_gradients: bool, bases: Bases | None) -> None:
+    def __init__(
+        self, sink: Sink, *, with_gradients: bool, bases: Bases | None, fraction: float
+    ) -> None:
         self.sink = sink
         self.bases = bases
+        self.fraction = fraction
         self.with_gradients = with_gradients
         self.expanded: set[str] = set()
         self._open: list[ForwardRecord] = []
@@ -105,16 +111,26 @@ class Statistics:
     ) -> None:
         """Take the input (unless it was counted before) and the output gradient of one call."""
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
-            examples = self._examples(layer, record, gradient)
+            examples = self._examples(layer, record, x, gradient)
+            mask = _mask_of(layer, record, x) if count_input else None
+            share = 1.0 if examples is None else self._share(examples)
+            if examples is not None and share < 1:
+                size = layer.leading_size(gradient)
+                kept = size // examples * self._kept(examples)
+                if mask is not None:
+                    mask = mask.reshape(size, -1)[:kept]
+                (layer, x), gradient = layer.leading_part(x, kept), gradient[:kept]
             if examples is None or record is None or layer.weight_sharing == "expand":
                 if count_input:
-                    self._take_input(layer, _mask_of(layer, record, x), x)
+                    self._take_input(layer, mask, x)
                 if self.with_gradients:
-                    self.sink(layer.block, "G", layer.gradient_moment(gradient), 0)
+                    moment = layer.gradient_moment(gradient)
+                    self.sink(layer.block, "G", _of_all(moment, share), 0)
             else:
-                self._sum(layer, record, examples, x if count_input else None, gradient)
+                self._sum(layer, record, x if count_input else None, mask, gradient)
             if self.bases is not None:
-                self._keep_call(Call(layer, x, gradient), record, examples, self.bases)
+                known = None if examples is None else record
+                self._keep_call(Call(layer, x, gradient), known, self.bases)
 
     def _take_input(self, layer: Layer, mask: Tensor | None, x: Tensor) -> None:
         if mask is None:
@@ -122,27 +138,47 @@ class Statistics:
         else:
             self.sink(layer.block, "A", layer.masked_moment(x, mask.flatten()), mask.sum())
 
-    def _examples(self, layer: Layer, record: ForwardRecord | None, gradient: Tensor) -> int | None:
+    def _examples(
+        self, layer: Layer, record: ForwardRecord | None, x: Tensor, gradient: Tensor
+    ) -> int | None:
         """Number of examples in a call, None where every row has to count as one."""
-        if layer.weight_sharing == "expand" and self.bases is None:
+        is_asked_for = layer.weight_sharing == "reduce" or self.bases is not None
+        if not is_asked_for and self.fraction == 1:
             return None
         batch_size = None if record is None else record.batch_size
-        if not batch_size or layer.leading_size(gradient) % batch_size:
-            self.expanded.add(layer.name)
+        if (
+            not batch_size
+            or layer.leading_size(gradient) % batch_size
+            or (self.fraction < 1 and not layer.tells_examples(x, batch_size))
+        ):
+            if is_asked_for:
+                self.expanded.add(layer.name)
             return None
         return batch_size
 
+    def _kept(self, examples: int) -> int:
+        """How many of a call's examples moments are estimated from."""
+        return max(1, round(self.fraction * examples))
+
+    def _share(self, examples: int) -> float:
+        """Share of a call's examples that moments are estimated from."""
+        return self._kept(examples) / examples
+
     # --- per-example gradients -----------------------------------------------------------------
 
-    def _keep_call(
-        self, call: Call, record: ForwardRecord | None, examples: int | None, bases: Bases
-    ) -> None:
-        """Square a call's example gradients once all calls of its block have come."""
+    def _keep_call(self, call: Call, record: ForwardRecord | None, bases: Bases) -> None:
+        """Square a call's example gradients once all calls of its block have come.
+
+        Args:
+            call: The call.
+            record: The call of the model, None where the examples are not known.
+            bases: The bases to square them in.
+        """
         block = call.layer.primary.name
         basis = bases(block)
         if basis is None:
             return
-        if record is None or examples is None:
+        if record is None:
             self._square([call], call.layer.row_count(call.x), basis)
             return
         if record not in self._open:
@@ -150,10 +186,21 @@ class Statistics:
         calls = record.calls.setdefault(block, [])
         calls.append(call)
         if len(calls) == record.taps[block]:
-            self._square(record.calls.pop(block), examples, basis)
+            self._square_examples(record, record.calls.pop(block), basis)
 
-    def _square(self, calls: list[Call], examples: int, basis: Basis) -> None:
-        """Send on the squares of the example gradients that some calls add up to."""
+    def _square_examples(self, record: ForwardRecord, calls: list[Call], basis: Basis) -> None:
+        examples = record.batch_size or 1
+        self._square(calls, self._kept(examples), basis, self._share(examples))
+
+    def _square(self, calls: list[Call], examples: int, basis: Basis, share: float = 1.0) -> None:
+        """Send on the squares of the example gradients that some calls add up to.
+
+        Args:
+            calls: Calls of layers of one block.
+            examples: Examples in what was kept of each.
+            basis: The basis to square them in.
+            share: Share of all examples that these are.
+        """
         layer, x, gradient = calls[0]
         if len(calls) == 1 and not layer.is_transposed:
             moment = layer.squared_gradients(x, gradient, examples, basis)
@@ -161,7 +208,7 @@ class Statistics:
             rows = [call.layer.block_rows(call.x, call.gradient, examples) for call in calls]
             inputs, gradients = (torch.cat(side, dim=1) for side in zip(*rows, strict=True))
             moment = squared_gradients(inputs, gradients, basis)
-        self.sink(layer.primary.name, "S", moment, 0)
+        self.sink(layer.primary.name, "S", _of_all(moment, share), 0)
 
     # --- sums over positions -------------------------------------------------------------------
 
@@ -169,15 +216,15 @@ class Statistics:
         self,
         layer: Layer,
         record: ForwardRecord,
-        examples: int,
         x: Tensor | None,
+        mask: Tensor | None,
         gradient: Tensor,
     ) -> None:
         if record not in self._open:
             self._open.append(record)
+        examples = self._kept(record.batch_size or 1)
         sums = record.sums.setdefault(layer.block, PositionSums(layer))
         if x is not None:
-            mask = _mask_of(layer, record, x)
             if mask is None:
                 positions: int | Tensor = layer.row_count(x) // examples
                 inputs = layer.input_mean(x, examples) * positions
@@ -197,11 +244,12 @@ class Statistics:
                 block, calls = record.calls.popitem()
                 basis = None if self.bases is None else self.bases(block)
                 if basis is not None:
-                    self._square(calls, record.batch_size or 1, basis)
+                    self._square_examples(record, calls, basis)
             for name, sums in record.sums.items():
                 if sums.gradients is not None:
                     moment = row_moment(sums.gradients, sums.layer.shape.factor_shapes()["G"])
-                    self.sink(name, "G", moment, 0)
+                    share = self._share(record.batch_size or 1)
+                    self.sink(name, "G", _of_all(moment, share), 0)
                     sums.gradients = None
 
     def flush(self) -> None:
@@ -224,6 +272,11 @@ class Statistics:
             record.sums.clear()
             record.calls.clear()
         self._open.clear()
+
+
+def _of_all(moment: Tensor, share: float) -> Tensor:
+    """What a sum over a share of the examples tells of the sum over all."""
+    return moment if share == 1 else moment / share
 
 
 def _mask_of(layer: Layer, record: ForwardRecord | None, x: Tensor) -> Tensor | None:

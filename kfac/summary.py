@@ -122,7 +122,7 @@ def _treatment(
         return "fallback", "", reason or "added after construction"
     if not all(layer.is_trained for layer in layers):
         return "fallback", "", "its weight is not trained"
-    note = "expanded: its leading size is no multiple of the batch size"
+    note = "expanded: its leading axis does not tell the examples"
     is_expanded = any(layer.name in expanded for layer in layers)
     return "kfac", _factors(layers), note if is_expanded else ""
 

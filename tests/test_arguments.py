@@ -75,6 +75,7 @@ SHARED: list[tuple[str, Any, dict[str, Any]]] = [
     *[("weight_sharing", value, {}) for value in ("mean", None, lambda name, module: None)],
     *[("inverse", value, {}) for value in ("qr", Cholesky, None, 1)],
     *[("factor_decay", value, {}) for value in (-0.1, 1.0, NAN, None)],
+    *[("factor_fraction", value, {}) for value in (0.0, -0.5, 1.5, NAN, True, None, "all")],
     *[("factor_update_period", value, {}) for value in (0, -1, 1.5, True)],
     ("factor_update_period", lambda step: 0, {}),
     *[("stagger_refreshes", value, {}) for value in (1, None, "yes")],

@@ -27,9 +27,19 @@ CASES: dict[str, dict[str, Any]] = {
     "empirical, sum": {"fisher": "empirical", "reduction": "sum"},
     "tokens, type-2": {"fisher": "type-2"},
     "tokens, empirical, ekfac": {"fisher": "empirical", "inverse": "ekfac"},
+    "type-2, fraction": {"fisher": "type-2", "factor_fraction": 0.5},
+    "tokens, empirical, ekfac, fraction": {
+        "fisher": "empirical",
+        "inverse": "ekfac",
+        "factor_fraction": 0.5,
+    },
     "automatic": {"fisher": "type-2", **AUTOMATIC},
     "automatic, sum": {"fisher": "type-2", "reduction": "sum", **AUTOMATIC},
 }
+
+
+# The examples that two processes use of a batch come first.
+FIRST_OF_BOTH = [0, 1, 4, 5, 2, 3, 6, 7]
 
 
 class Tokens(nn.Module):
@@ -75,6 +85,8 @@ def train(model: nn.Module, settings: dict[str, Any], rank: int, size: int) -> K
     for step in range(4):
         is_tokens = isinstance(getattr(model, "module", model), Tokens)
         x, y = (part.chunk(size)[rank] for part in batch(step, is_tokens))
+        if size == 1 and "factor_fraction" in settings:
+            x, y = x[FIRST_OF_BOTH], y[FIRST_OF_BOTH]
 
         def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
             optimizer.zero_grad()

@@ -11,6 +11,7 @@ from kfac import KFAC
 from kfac.inverse import InverseName
 
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class SGDSettings(Settings):
@@ -44,6 +45,7 @@ class KFACSettings(Settings):
     weight_sharing: Literal["expand", "reduce"] | None = None
     inverse: InverseName | None = None
     factor_decay: Fraction | None = None
+    factor_fraction: Share | None = None
     factor_update_period: PositiveInt | None = None
     inverse_update_period: PositiveInt | None = None
     refresh_tolerance: PositiveFloat | None = None

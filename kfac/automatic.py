@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac.fisher_products import FisherProducts
-from kfac.levenberg_marquardt import LevenbergMarquardt, reduction_ratio
+from kfac.levenberg_marquardt import LevenbergMarquardt, Trial, reduction_ratio
 from kfac.names import unwrapped
 from kfac.objective import ByParameter, Objective
 from kfac.preconditioner import Preconditioner
@@ -51,6 +51,17 @@ class ModelStep:
     step: dict[nn.Parameter, Tensor]
     coefficients: list[float]
     change: float
+
+
+@dataclass(frozen=True)
+class TriedStep(Trial):
+    """A step that was tried from some λ.
+
+    Attributes:
+        chosen: The step.
+    """
+
+    chosen: ModelStep
 
 
 class AutomaticStep:
@@ -135,18 +146,24 @@ class AutomaticStep:
         if not finite:
             engine.advance(plan, finite)
             return
-        if evaluated.is_watched and self.damping is None:
-            self._calibrate(objective, evaluated)
+        found = self._find_damping(objective, evaluated, plan.refresh)
         damping, own = self._damping(groups), self.preconditioner_damping
         if rule is not None and rule.is_searched(engine.steps):
-            chosen = self._search(rule, objective, damping)
+            found, chosen = None, self._search(rule, objective, damping)
+        elif found is not None:
+            chosen = found.chosen
         else:
             engine.blocks.refresh(self._by_layer(objective, damping), plan.refresh)
             chosen = self._choose(objective, damping)
         saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         objective.move(chosen.step)
         self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
-        if not evaluated.is_watched or self._adapt(self._ratio(objective, chosen, evaluated)):
+        ratio = math.nan
+        if found is not None:
+            ratio = found.ratio
+        elif evaluated.is_watched:
+            ratio = reduction_ratio(self._change(objective, chosen, evaluated), chosen.change)
+        if not evaluated.is_watched or self._adapt(ratio):
             for parameter, step in chosen.step.items():
                 state[parameter]["last_step"] = step
         else:
@@ -202,22 +219,45 @@ class AutomaticStep:
         damping: float = groups[0]["damping"]
         return damping
 
-    def _calibrate(self, objective: Objective, evaluated: "Evaluated") -> None:
-        """Find the first λ by trying steps from here."""
-        rule = self._settings.levenberg_marquardt
-        assert rule is not None
-        saved = [p.detach().clone() for p in objective.parameters]
+    def _find_damping(
+        self, objective: Objective, evaluated: "Evaluated", due: frozenset[str]
+    ) -> "TriedStep | None":
+        """Look for λ by trying steps from here, where it is time to.
 
-        def ratio_at(damping: float) -> float:
-            by_layer = objective.preconditioner_damping(damping)
-            self._engine.blocks.refresh(by_layer, by_layer.keys())
+        Args:
+            objective: The objective.
+            evaluated: What the closure has returned.
+            due: The layers whose inverses this step refreshes. All are, where they contain λ.
+
+        Returns:
+            The step from the λ that was found; None if none was looked for.
+        """
+        rule = self._settings.levenberg_marquardt
+        if rule is None or not (self.damping is None or rule.is_sought(self._engine.steps)):
+            return None
+        if self.preconditioner_damping is not None:
+            return None  # γ² is searched for instead
+        saved = [p.detach().clone() for p in objective.parameters]
+        if not self._engine.inverse.damping_is_live:
+            due = frozenset(self._engine.blocks.layers)
+
+        def trial_at(damping: float) -> TriedStep:
+            self._engine.blocks.refresh(objective.preconditioner_damping(damping), due)
             chosen = self._choose(objective, damping)
             objective.move(chosen.step)
-            ratio = self._ratio(objective, chosen, evaluated)
-            objective.restore(saved)
-            return ratio
+            try:
+                change = self._change(objective, chosen, evaluated)
+            finally:
+                objective.restore(saved)
+            return TriedStep(damping, change, reduction_ratio(change, chosen.change), chosen)
 
-        self.damping = rule.calibrate(ratio_at)
+        if self.damping is None:
+            found = rule.calibrate(trial_at)
+        else:
+            found = rule.lowered(self.damping, trial_at)
+        self.damping = found.damping
+        self._engine.blocks.refresh(objective.preconditioner_damping(self.damping), due)
+        return found
 
     def _by_layer(self, objective: Objective, damping: float) -> dict[str, float]:
         """The preconditioner's damping by layer: γ² + η, or λ + η where there is no γ."""
@@ -229,19 +269,20 @@ class AutomaticStep:
         center = self.preconditioner_damping
         best: tuple[float, ModelStep] | None = None
         for candidate in rule.candidates(damping if center is None else center):
+            self.preconditioner_damping = candidate
             self._refresh(objective, candidate)
             chosen = self._choose(objective, damping)
             if best is None or chosen.change < best[1].change:
                 best = candidate, chosen
         assert best is not None
         if best[0] != self.preconditioner_damping:
+            self.preconditioner_damping = best[0]
             self._refresh(objective, best[0])
         return best[1]
 
-    def _refresh(self, objective: Objective, candidate: float) -> None:
-        """Refresh all inverses with a γ²."""
-        self.preconditioner_damping = candidate
-        by_layer = objective.preconditioner_damping(candidate)
+    def _refresh(self, objective: Objective, damping: float) -> None:
+        """Refresh all inverses with a damping."""
+        by_layer = objective.preconditioner_damping(damping)
         self._engine.blocks.refresh(by_layer, by_layer.keys())
 
     def _adapt(self, ratio: float) -> bool:
@@ -253,11 +294,11 @@ class AutomaticStep:
         self.damping = rule.adapted(self.damping, ratio, self._engine.steps)
         return rule.accepts(ratio)
 
-    def _ratio(self, objective: Objective, chosen: ModelStep, evaluated: "Evaluated") -> float:
-        """ρ of a step that has been taken."""
+    def _change(self, objective: Objective, chosen: ModelStep, evaluated: "Evaluated") -> float:
+        """h(θ + δ) − h(θ) of a step that has been taken."""
         there = self._evaluate(evaluated)
         change = (there - evaluated.loss) / objective.terms
-        return reduction_ratio(change + objective.decay_change(chosen.step), chosen.change)
+        return change + objective.decay_change(chosen.step)
 
     def _evaluate(self, evaluated: "Evaluated") -> float:
         """The loss at the present parameters, by calling the closure once more."""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from kfac.arguments import POSITIVE, POSITIVE_INTEGER, Constraint, check
 
@@ -18,6 +19,37 @@ _SEARCH = Constraint("an integer >= 1 or None", lambda v: v is None or POSITIVE_
 _LEAST_RATIO = Constraint("a number <= 1/4", lambda v: isinstance(v, (int, float)) and v <= 1 / 4)
 
 
+# λ is searched for on a geometric grid with this ratio, down to this value.
+_GRID, _LEAST_FOUND = 10.0, 1e-3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What became of the step from some λ, on the batch of the step.
+
+    Attributes:
+        damping: λ.
+        change: h(θ + δ) − h(θ).
+        ratio: ρ.
+    """
+
+    damping: float
+    change: float
+    ratio: float
+
+    @property
+    def is_predicted(self) -> bool:
+        """Whether the model has predicted the change well enough to start with: ρ ≥ ½."""
+        return self.ratio >= 1 / 2
+
+    def improves_on(self, other: "Trial") -> bool:
+        """Whether the step reduces the objective, and by 5% more than another one."""
+        return self.change < min(0.0, 1.05 * other.change)
+
+
+T = TypeVar("T", bound=Trial)
+
+
 @dataclass(frozen=True)
 class LevenbergMarquardt:
     """Settings for a damping λ that adapts itself, and the rule by which it does.
@@ -26,9 +58,10 @@ class LevenbergMarquardt:
 
     every ``period`` steps, and by a single power of the decay after the steps 1, 2, 4, 8, … of the
     first ``4·period``, in which a step is most likely to go wrong. ρ is the reduction of the loss
-    divided by what the quadratic model has predicted. λ stays within its bounds: on a smooth
-    stretch ρ > 3/4 would otherwise drive it to where the first rough one makes the run diverge. A
-    step that is undone raises it by ``4·period`` powers.
+    divided by what the quadratic model has predicted. Where no first λ is given it is found, and in
+    those early steps looked for again, see :meth:`calibrate` and :meth:`lowered`. λ stays within
+    its bounds: on a smooth stretch ρ > 3/4 would otherwise drive it to where the first rough one
+    makes the run diverge. A step that is undone raises it by ``4·period`` powers.
 
     Args:
         initial: λ of the first step, within the bounds; None to find it on the first batch, see
@@ -73,8 +106,14 @@ class LevenbergMarquardt:
 
     def is_due(self, step: int) -> bool:
         """Whether λ is adapted after the step that follows ``step`` completed ones."""
-        is_early = step < 4 * self.period and (step + 1).bit_count() == 1
-        return is_early or self._ends_period(step)
+        return self._is_early(step) or self._ends_period(step)
+
+    def is_sought(self, step: int) -> bool:
+        """Whether λ is looked for in the step that follows ``step`` completed ones."""
+        return self.initial is None and (step == 0 or self._is_early(step))
+
+    def _is_early(self, step: int) -> bool:
+        return step < 4 * self.period and (step + 1).bit_count() == 1
 
     def _ends_period(self, step: int) -> bool:
         return (step + 1) % self.period == 0
@@ -124,47 +163,57 @@ class LevenbergMarquardt:
         values = [self._bounded(damping * f) for f in (1.0, factor, 1 / factor)]
         return list(dict.fromkeys(values))
 
-    def calibrate(
-        self,
-        ratio_at: Callable[[float], float],
-        *,
-        start: float = 1.0,
-        factor: float = 10.0,
-        acceptable: float = 0.5,
-        least: float = 1e-3,
-    ) -> float:
-        """The smallest λ on a geometric grid at which the model predicts a step well.
+    def calibrate(self, trial_at: Callable[[float], T]) -> T:
+        """Find the first λ, on a geometric grid from 1 on.
 
-        Goes down from ``start`` while ρ is acceptable, or up until it is; so a λ is never chosen
-        beyond one that has failed.
+        Goes down from 1 while the step from the smaller λ is predicted well, ρ ≥ ½, or reduces the
+        objective by 5% more. If neither holds for 1 itself, compared with 10, it goes up until a
+        step is predicted well. So a λ is never chosen beyond one that has failed. A small λ
+        shortens the first stretch where it is right, and wrecks it where it is not.
 
         Args:
-            ratio_at: ρ of the step that would be taken with a given λ; must leave no trace.
-            start: Where the search begins; a bound instead, if it lies outside.
-            factor: Ratio of neighbours on the grid, > 1.
-            acceptable: Least ρ that is good enough.
-            least: Where the search ends, if not at the lower bound before. Some nets fit their
-                first batch with any λ, by saturating.
+            trial_at: Tries the step from a λ; must leave no trace.
 
         Returns:
-            λ; the upper bound if no λ is acceptable.
+            The trial of the λ that was found, within the bounds.
 
         Cost:
-            One call of ``ratio_at`` for every point between ``start`` and the result, and one more.
+            One trial for every point between the start and the result, and one or two more.
         """
-        damping = self._bounded(start)
-        if ratio_at(damping) >= acceptable:
-            while damping > max(least, self.bounds[0]):
-                lower = self._bounded(max(damping / factor, least))
-                if not ratio_at(lower) >= acceptable:
-                    break
-                damping = lower
-            return damping
-        while damping < self.bounds[1]:
-            damping = self._bounded(damping * factor)
-            if ratio_at(damping) >= acceptable:
+        trial, rises = trial_at(self._bounded(1.0)), False
+        while not trial.is_predicted and trial.damping < self.bounds[1]:
+            upper = trial_at(self._bounded(trial.damping * _GRID))
+            if trial.improves_on(upper):
                 break
-        return damping
+            trial, rises = upper, True
+        return trial if rises else self._descend(trial, trial_at, by_prediction=True)
+
+    def lowered(self, damping: float, trial_at: Callable[[float], T]) -> T:
+        """Go down from λ by factors of 10 while that reduces the objective by 5% more.
+
+        The first batch need not be like those that follow, nor the first point.
+
+        Args:
+            damping: λ.
+            trial_at: Tries the step from a λ; must leave no trace.
+
+        Returns:
+            The trial of the λ that was found.
+
+        Cost:
+            One trial for every point between λ and the result, and one more.
+        """
+        return self._descend(trial_at(damping), trial_at, by_prediction=False)
+
+    def _descend(self, trial: T, trial_at: Callable[[float], T], *, by_prediction: bool) -> T:
+        # Some nets fit a batch with any λ, by saturating.
+        least = max(_LEAST_FOUND, self.bounds[0])
+        while trial.damping > least:
+            lower = trial_at(max(trial.damping / _GRID, least))
+            if not (lower.improves_on(trial) or (by_prediction and lower.is_predicted)):
+                break
+            trial = lower
+        return trial
 
     def _bounded(self, damping: float) -> float:
         lower, upper = self.bounds

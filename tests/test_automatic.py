@@ -8,6 +8,7 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import oracles
@@ -21,6 +22,7 @@ import kfac.automatic
 from kfac import KFAC, LevenbergMarquardt, Preconditioner
 from kfac.automatic import AutomaticStep
 from kfac.curvature import Curvature
+from kfac.levenberg_marquardt import Trial
 from kfac.objective import Objective
 from kfac.rewind import Start
 
@@ -442,14 +444,61 @@ def test_periods_grow_unless_they_are_given() -> None:
     assert periods(lr="auto", inverse_update_period=7) == [(1, 7), (1, 7), (2, 7), (10, 7)]
 
 
-def test_the_first_damping_is_found_on_the_first_batch() -> None:
+@dataclass(frozen=True)
+class TrialByHand(Trial):
+    delta: Tensor
+
+
+def tried(problem: Problem, batch: tuple[Tensor, Tensor], last: Tensor, at: float) -> TrialByHand:
+    net, criterion = copy.deepcopy(problem.model), problem.criterion
+    delta, predicted = reference_model(net, criterion, batch, last, (None, None), at, at)
+    before = objective(net, criterion, batch)
+    moved = torch.nn.utils.parameters_to_vector(net.parameters()) + delta
+    torch.nn.utils.vector_to_parameters(moved, net.parameters())
+    change = objective(net, criterion, batch) - before
+    return TrialByHand(at, change, change / predicted, delta)
+
+
+@torch.no_grad()
+def objective(net: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]) -> float:
+    decay = sum(float(p.square().sum()) for p in net.parameters())
+    return float(criterion(net(batch[0]), batch[1])) + 0.5 * ETA * decay
+
+
+def check_found() -> None:
+    """The first steps are those of a search among steps from explicit matrices."""
+    torch.manual_seed(0)
     problem = Problem()
-    optimizer = problem.optimizer(damping=LevenbergMarquardt(bounds=(1e-3, 10.0)))
-    first = values(problem.model)
-    problem.train(optimizer, 1)
-    assert 1e-3 <= optimizer.diagnostics()["damping"] <= 10
-    assert optimizer.param_groups[0]["damping"] == optimizer.diagnostics()["damping"]
-    assert not torch.equal(first[0], values(problem.model)[0])
+    reference = copy.deepcopy(problem)
+    rule = LevenbergMarquardt(decay=0.5, least_ratio=-1e9)
+    optimizer = problem.optimizer(damping=rule)
+    last = torch.zeros(sum(p.numel() for p in reference.model.parameters())).double()
+    path = []
+    for step, batch in enumerate(problem.batches[:2]):
+        trial_at = partial(tried, reference, batch, last)
+        damping = optimizer.diagnostics()["damping"]
+        found = rule.lowered(damping, trial_at) if step else rule.calibrate(trial_at)
+        before = torch.cat([p.flatten() for p in values(problem.model)])
+        optimizer.step(problem.closure(optimizer, batch))
+        after = torch.cat([p.flatten() for p in values(problem.model)])
+        torch.testing.assert_close(after - before, found.delta, rtol=1e-7, atol=1e-8)
+        last = found.delta
+        diagnostics = optimizer.diagnostics()
+        adapted = rule.adapted(found.damping, found.ratio, step)
+        assert diagnostics["damping"] == pytest.approx(adapted)
+        assert diagnostics["reduction_ratio"] == pytest.approx(found.ratio, rel=1e-6)
+        path += [damping, found.damping]
+        reference.model.load_state_dict(problem.model.state_dict())
+    assert path[2] > path[3]
+
+
+def one_high(original: Any, self: Any, trial_at: Any) -> Any:
+    return trial_at(10.0)
+
+
+def test_the_damping_is_found_by_trying_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    replace(LevenbergMarquardt, "calibrate", one_high)(monkeypatch)
+    check_found()
 
 
 # Resuming, and what is refused
@@ -606,10 +655,12 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., Non
         replace(LevenbergMarquardt, "candidates", lambda original, self, damping: [damping]),
         check_search, (),
     ),
-    "inverses keep the last candidate": (
+    "the last candidate is kept": (
         replace(AutomaticStep, "_search", lambda original, self, rule, objective, damping: (
             original(self, rule, objective, damping),
-            self._refresh(objective, rule.candidates(self.preconditioner_damping)[-1]),
+            setattr(
+                self, "preconditioner_damping", rule.candidates(self.preconditioner_damping)[-1]
+            ),
         )[0]),
         check_search, (),
     ),

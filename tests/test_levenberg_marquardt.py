@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from mutants import replace
 
-from kfac.levenberg_marquardt import LevenbergMarquardt, reduction_ratio
+from kfac.levenberg_marquardt import LevenbergMarquardt, Trial, reduction_ratio
 
 NAN, INF = float("nan"), float("inf")
 
@@ -83,37 +83,89 @@ def test_candidates_are_as_it_is_and_a_step_to_either_side() -> None:
     assert not LevenbergMarquardt().is_searched(0)
 
 
+class Trials:
+    """Trials whose change and ρ are given from λ = 100 down by powers of ten, the last for all.
+
+    Attributes:
+        asked: The λ that were tried.
+    """
+
+    def __init__(self, *given: tuple[float, float]) -> None:
+        self.given = given
+        self.asked: list[float] = []
+
+    def __call__(self, damping: float) -> Trial:
+        self.asked.append(damping)
+        index = min(max(2 - round(math.log10(damping)), 0), len(self.given) - 1)
+        return Trial(damping, *self.given[index])
+
+
+GOOD, BAD = (-1.0, 0.9), (-1.0, 0.2)
+
+# What is given, and the λ that is found.
+SEARCHES = {
+    "predicted well everywhere": ([GOOD], 1e-3),
+    "predicted well as far as 0.1": ([GOOD, GOOD, GOOD, (-1.0, 0.5), (-1.0, 0.49)], 0.1),
+    "not predicted, but 5% better each": (
+        [GOOD, GOOD, (-1.0, 0.6), (-1.06, 0.1), (-1.12, 0.1), (-1.13, 0.1)], 1e-2,
+    ),
+    "no step over a failure": ([GOOD, GOOD, GOOD, BAD, GOOD], 1.0),
+    "up to what is predicted": ([(-0.6, 0.6), (-0.5, 0.4), (-0.5, 0.4), GOOD], 100.0),
+    "not up from what is better": ([GOOD, (-0.9, 0.9), (-1.0, 0.4), (-1.0, 0.4)], 1.0),
+    "down from what is better": ([GOOD, (-0.9, 0.9), (-1.0, 0.4), (-1.1, 0.4), (9.0, -9)], 0.1),
+    "nothing reduces anything": ([(1.0, -1.0), (2.0, -1.0)], 1e3),
+    "not finite": ([(-0.1, 0.7), (NAN, NAN)], 100.0),
+    "not finite below": ([GOOD, GOOD, GOOD, (NAN, NAN)], 1.0),
+    "not finite above": ([GOOD, (NAN, NAN), (-1.0, 0.1), (-1.0, 0.1)], 1.0),
+}  # fmt: skip
+
+
 def check_search() -> None:
-    rule = LevenbergMarquardt(bounds=(1e-4, 1e4))
-    for threshold, found in [(0.03, 0.1), (20.0, 100.0), (1e-9, 1e-3), (1e9, 1e4), (1.0, 1.0)]:
-        asked: list[float] = []
-
-        def ratio_at(
-            damping: float, threshold: float = threshold, asked: list[float] = asked
-        ) -> float:
-            asked.append(damping)
-            return 1.0 if damping >= threshold else NAN
-
-        assert rule.calibrate(ratio_at) == pytest.approx(found)
+    for given, found in SEARCHES.values():
+        trials = Trials(*given)
+        trial = LevenbergMarquardt().calibrate(trials)
+        assert trial.damping == pytest.approx(found)
+        assert trial == trials(trial.damping) or trial.ratio != trial.ratio
+        asked = trials.asked[:-1]
         assert len(asked) == len(set(asked))
-        assert len(asked) <= abs(round(math.log10(found))) + 2
+        assert len(asked) <= abs(round(math.log10(found))) + 3
 
 
-def test_the_first_damping_is_the_smallest_that_predicts_well() -> None:
+def test_the_first_damping_predicts_well_or_reduces_more() -> None:
     check_search()
 
 
-def test_the_search_does_not_step_over_a_failure() -> None:
+def test_the_search_stays_within_the_bounds() -> None:
+    trials = Trials(GOOD)
+    assert LevenbergMarquardt(bounds=(1e-2, 0.1)).calibrate(trials).damping == 1e-2
+    assert max(trials.asked) == 0.1
+    trials = Trials(BAD)
+    assert LevenbergMarquardt(bounds=(1e-2, 20.0)).calibrate(trials).damping == 20.0
+    assert max(trials.asked) == 20.0
+
+
+def check_lowering() -> None:
     rule = LevenbergMarquardt()
-    ratios = {1.0: 0.9, 0.1: 0.1, 0.01: 0.9, 10.0: 1.0}
-    assert rule.calibrate(lambda damping: ratios[round(damping, 6)]) == 1.0
+    for given, found in [
+        ([GOOD], 1.0),  # to be predicted well is not enough
+        ([GOOD, GOOD, (-1.0, 0.9), (-1.06, -1.0), (-1.07, 1.0)], 0.1),
+        ([GOOD, GOOD, GOOD, BAD, (-2.0, 0.1)], 1.0),
+        ([GOOD, GOOD, BAD, *[(-1.1 - i / 10, 0.1) for i in range(5)]], 1e-3),
+        ([GOOD, GOOD, (1.0, -1.0), (0.5, -1.0)], 1.0),
+    ]:
+        assert rule.lowered(1.0, Trials(*given)).damping == pytest.approx(found)
+    assert rule.lowered(1e-3, Trials(GOOD, GOOD, BAD)).damping == 1e-3
+    assert rule.lowered(2e-4, Trials(GOOD, GOOD, BAD)).damping == 2e-4
 
 
-def test_the_search_begins_within_the_bounds() -> None:
-    asked: list[float] = []
-    rule = LevenbergMarquardt(bounds=(1e-3, 0.1))
-    assert rule.calibrate(lambda damping: asked.append(damping) or 1.0) == 1e-3
-    assert max(asked) == 0.1
+def test_damping_is_lowered_to_where_it_reduces_more() -> None:
+    check_lowering()
+
+
+def test_damping_is_looked_for_in_early_steps_unless_it_is_given() -> None:
+    sought = [step for step in range(100) if LevenbergMarquardt().is_sought(step)]
+    assert sought == [0, 1, 3, 7, 15]
+    assert not any(LevenbergMarquardt(initial=1.0).is_sought(step) for step in range(100))
 
 
 def test_ratio_of_reductions() -> None:
@@ -153,8 +205,32 @@ def test_mutants_of_the_rule_are_caught(mutant: Any, test: Any, monkeypatch: Any
         test()
 
 
-def test_a_mutant_that_calibrates_one_step_too_low_is_caught(monkeypatch: Any) -> None:
-    too_low = lambda original, self, ratio_at: original(self, ratio_at) / 10  # noqa: E731
-    replace(LevenbergMarquardt, "calibrate", too_low)(monkeypatch)
+@pytest.mark.parametrize(
+    ("owner", "name", "mutant", "test"),
+    [
+        (
+            LevenbergMarquardt, "calibrate",
+            lambda original, self, trial_at: trial_at(original(self, trial_at).damping / 10),
+            check_search,
+        ),
+        (
+            Trial, "improves_on",
+            lambda original, self, other: self.change < other.change, check_search,
+        ),
+        (Trial, "improves_on", lambda original, self, other: False, check_search),
+        (
+            LevenbergMarquardt, "_descend",
+            lambda original, self, trial, trial_at, by_prediction: original(
+                self, trial, trial_at, by_prediction=True
+            ),
+            check_lowering,
+        ),
+    ],
+    ids=["one too low", "any reduction", "prediction only", "lowered by prediction"],
+)  # fmt: skip
+def test_mutants_of_the_search_are_caught(
+    owner: Any, name: str, mutant: Any, test: Any, monkeypatch: Any
+) -> None:
+    replace(owner, name, mutant)(monkeypatch)
     with pytest.raises(AssertionError):
-        check_search()
+        test()

@@ -1,7 +1,8 @@
 """Steps whose size and momentum minimise a quadratic model, with damping that adapts itself."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -99,6 +100,7 @@ class AutomaticStep:
         self.rejected = 0
         self.figures = dict.fromkeys(("lr", "momentum", "reduction_ratio"), float("nan"))
         self.is_evaluating = False
+        self._losses: tuple[float, float] | None = None  # lowest and highest so far
 
     def take(
         self, groups: Sequence[Mapping[str, Any]], state: dict[Any, Any], closure: Callable[[], Any]
@@ -127,10 +129,24 @@ class AutomaticStep:
             )
         with torch.autocast(engine.params[0].device.type, enabled=False):
             evaluated = Evaluated(closure, self._mean(loss), start, is_watched)
-            if not math.isfinite(evaluated.loss):
-                self._retreat(groups, state, evaluated)
+            if not self._is_sound(evaluated.loss) and self._retreat(groups, state, evaluated):
+                evaluated = evaluated._replace(loss=math.nan)
             self._move(groups, state, evaluated)
         return loss
+
+    def _is_sound(self, loss: float) -> bool:
+        """Whether loss and gradients are finite, and the loss is not far above all before it.
+
+        Far means above the highest loss before by ten times the range of all of them, what the
+        models have predicted included.
+        """
+        gradients = [p.grad for p in self._engine.params if p.grad is not None]
+        if not (math.isfinite(loss) and all_finite(gradients)):
+            return False
+        if self._losses is None:
+            return True
+        lowest, highest = self._losses
+        return loss <= highest + 10 * (highest - lowest)
 
     def _move(
         self,
@@ -157,13 +173,17 @@ class AutomaticStep:
             chosen = self._choose(objective, damping)
         saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         objective.move(chosen.step)
+        expected = evaluated.loss + chosen.change * objective.terms
+        self._losses = _extended(self._losses, evaluated.loss, expected)
         self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
-        ratio = math.nan
-        if found is not None:
-            ratio = found.ratio
-        elif evaluated.is_watched:
-            ratio = reduction_ratio(self._change(objective, chosen, evaluated), chosen.change)
-        if not evaluated.is_watched or self._adapt(ratio):
+        if not evaluated.is_watched:
+            is_kept = True
+        elif found is not None:
+            is_kept = self._adapt(found.ratio)
+        else:
+            change = self._change(objective, chosen, evaluated)
+            is_kept = self._adapt(reduction_ratio(change, chosen.change))
+        if is_kept:
             for parameter, step in chosen.step.items():
                 state[parameter]["last_step"] = step
         else:
@@ -179,13 +199,18 @@ class AutomaticStep:
         groups: Sequence[Mapping[str, Any]],
         state: dict[Any, Any],
         evaluated: "Evaluated",
-    ) -> None:
-        """Take the last step back, if it is why the loss is not finite, and raise λ."""
+    ) -> bool:
+        """Take the last step back, if it is why the batch is not sound, and raise λ.
+
+        Returns:
+            Whether it was, and the batch's gradient is one from where the parameters no longer are.
+        """
         moved = [p for group in groups for p in group["params"] if "last_step" in state.get(p, {})]
         saved = [p.detach().clone() for p in moved]
         for parameter in moved:
             parameter.sub_(state[parameter]["last_step"])
-        if moved and math.isfinite(self._evaluate(evaluated)):
+        is_why = bool(moved) and self._evaluates_soundly(evaluated)
+        if is_why:
             for parameter in moved:
                 del state[parameter]["last_step"]
             rule = self._settings.levenberg_marquardt
@@ -195,6 +220,7 @@ class AutomaticStep:
         else:
             for parameter, value in zip(moved, saved, strict=True):
                 parameter.copy_(value)
+        return is_why
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the last steps."""
@@ -202,6 +228,7 @@ class AutomaticStep:
             "damping": self.damping,
             "preconditioner_damping": self.preconditioner_damping,
             "rejected": self.rejected,
+            "losses": self._losses,
             "figures": dict(self.figures),
         }
 
@@ -210,6 +237,7 @@ class AutomaticStep:
         self.damping, self.rejected = saved["damping"], saved["rejected"]
         self.figures = dict(saved["figures"])
         self.preconditioner_damping = saved["preconditioner_damping"]
+        self._losses = saved["losses"]
 
     # --- damping -------------------------------------------------------------------------------
 
@@ -302,11 +330,20 @@ class AutomaticStep:
 
     def _evaluate(self, evaluated: "Evaluated") -> float:
         """The loss at the present parameters, by calling the closure once more."""
-        with evaluated.start.again():
+        with self._again(evaluated):
+            return self._mean(evaluated.closure())
+
+    def _evaluates_soundly(self, evaluated: "Evaluated") -> bool:
+        """Whether loss and gradients are at the present parameters."""
+        with self._again(evaluated):
+            return self._is_sound(self._mean(evaluated.closure()))
+
+    @contextmanager
+    def _again(self, evaluated: "Evaluated") -> Iterator[None]:
+        with evaluated.start.again(), torch.enable_grad():
             self.is_evaluating = True
             try:
-                with torch.enable_grad():
-                    return self._mean(evaluated.closure())
+                yield
             finally:
                 self.is_evaluating = False
 
@@ -374,6 +411,12 @@ class AutomaticStep:
         scale = kl_clip_scale(change, settings.kl_clip)
         for parameter, direction in directions.items():
             directions[parameter] = direction * scale.to(direction)
+
+
+def _extended(known: tuple[float, float] | None, *losses: float) -> tuple[float, float]:
+    """Lowest and highest of some losses and of those before."""
+    every = [*(known or ()), *losses]
+    return min(every), max(every)
 
 
 class Evaluated(NamedTuple):

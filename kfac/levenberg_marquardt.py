@@ -71,7 +71,8 @@ class LevenbergMarquardt:
         bounds: Smallest and largest λ, in units of the Fisher.
         search_period: Steps between two searches for a damping γ² that the preconditioner has for
             itself, see :meth:`candidates`; None to damp it by λ, too.
-        least_ratio: A step with a smaller ρ is undone, as is one to where the loss is not finite.
+        least_ratio: A step with a smaller ρ is undone, as is one to where the loss is not finite;
+            by default every step that is seen to increase the objective.
 
     Raises:
         ValueError: If an argument violates its constraint.
@@ -85,7 +86,7 @@ class LevenbergMarquardt:
     period: int = 5
     decay: float = 19 / 20
     bounds: tuple[float, float] = (1e-4, 1e3)
-    least_ratio: float = -1.0
+    least_ratio: float = 0.0
     search_period: int | None = None
 
     def __post_init__(self) -> None:

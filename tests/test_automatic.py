@@ -398,7 +398,7 @@ def test_a_loss_that_is_not_finite_changes_nothing(bad: float) -> None:
     assert optimizer.diagnostics()["nonfinite_batches"] == 1
 
 
-def check_retreat() -> None:
+def check_retreat(harm: str = "loss not finite") -> None:
     problem = Problem()
     rule = LevenbergMarquardt(initial=0.1, bounds=(1e-4, 1e4))
     optimizer = problem.optimizer(damping=rule)
@@ -407,13 +407,17 @@ def check_retreat() -> None:
     x, y = problem.batches[1]
     optimizer.step(problem.closure(optimizer, (x, y)))
     there = values(problem.model)[0][0, 0]
+    scale = {"loss not finite": math.inf, "loss far above all others": 1e3}.get(harm, 1.0)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
         loss = problem.criterion(problem.model(x), y)
         # The last step has led to where nothing can be evaluated any more.
-        loss = loss * torch.where(problem.model[0].weight[0, 0] == there, math.inf, 1.0)
+        is_there = problem.model[0].weight[0, 0] == there
+        loss = loss * torch.where(is_there, scale, 1.0)
         loss.backward()
+        if harm == "gradient not finite" and is_there:
+            problem.model[0].weight.grad[1, 1] = math.nan
         return loss
 
     optimizer.step(closure)
@@ -427,8 +431,35 @@ def check_retreat() -> None:
     assert not torch.equal(values(problem.model)[0], before[0])
 
 
-def test_a_step_is_taken_back_if_the_next_loss_is_not_finite() -> None:
-    check_retreat()
+@pytest.mark.parametrize(
+    "harm", ["loss not finite", "gradient not finite", "loss far above all others"]
+)
+def test_a_step_is_taken_back_if_the_next_batch_shows_that_it_went_wrong(harm: str) -> None:
+    check_retreat(harm)
+
+
+def check_hard_batch() -> None:
+    """A batch whose loss is large wherever it is evaluated is one to learn from."""
+    problem = Problem()
+    optimizer = problem.optimizer(damping=LevenbergMarquardt(initial=0.1))
+    problem.train(optimizer, 2)
+    before = values(problem.model)
+    evaluate = problem.closure(optimizer, problem.batches[2])
+
+    def closure() -> Tensor:
+        loss = evaluate() * 1e3
+        for parameter in problem.model.parameters():
+            parameter.grad *= 1e3
+        return loss
+
+    optimizer.step(closure)
+    assert optimizer.diagnostics()["rejected_steps"] == 0
+    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+    assert not torch.equal(values(problem.model)[0], before[0])
+
+
+def test_a_batch_that_is_hard_anywhere_is_no_reason_to_go_back() -> None:
+    check_hard_batch()
 
 
 def test_periods_grow_unless_they_are_given() -> None:
@@ -465,12 +496,17 @@ def objective(net: nn.Module, criterion: nn.Module, batch: tuple[Tensor, Tensor]
     return float(criterion(net(batch[0]), batch[1])) + 0.5 * ETA * decay
 
 
+class StartHigh(LevenbergMarquardt):
+    def calibrate(self, trial_at: Any) -> Any:
+        return trial_at(10.0)
+
+
 def check_found() -> None:
     """The first steps are those of a search among steps from explicit matrices."""
     torch.manual_seed(0)
     problem = Problem()
     reference = copy.deepcopy(problem)
-    rule = LevenbergMarquardt(decay=0.5, least_ratio=-1e9)
+    rule = StartHigh(decay=0.5, least_ratio=-1e9)
     optimizer = problem.optimizer(damping=rule)
     last = torch.zeros(sum(p.numel() for p in reference.model.parameters())).double()
     path = []
@@ -492,12 +528,7 @@ def check_found() -> None:
     assert path[2] > path[3]
 
 
-def one_high(original: Any, self: Any, trial_at: Any) -> Any:
-    return trial_at(10.0)
-
-
-def test_the_damping_is_found_by_trying_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    replace(LevenbergMarquardt, "calibrate", one_high)(monkeypatch)
+def test_the_damping_is_found_by_trying_steps() -> None:
     check_found()
 
 
@@ -650,6 +681,21 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., Non
     "surroundings not restored": (forgotten("restore"), check_rejection, (1e6,)),
     "the last step kept after a retreat": (
         replace(AutomaticStep, "_retreat", lambda original, *arguments: None), check_retreat, (),
+    ),
+    "gradients not looked at": (
+        replace(AutomaticStep, "_is_sound", lambda original, self, loss: math.isfinite(loss)),
+        check_retreat, ("gradient not finite",),
+    ),
+    "any finite loss will do": (
+        replace(AutomaticStep, "_is_sound", lambda original, self, loss: math.isfinite(loss)),
+        check_retreat, ("loss far above all others",),
+    ),
+    "back from any hard batch": (
+        replace(AutomaticStep, "_evaluates_soundly", lambda original, self, evaluated: True),
+        check_hard_batch, (),
+    ),
+    "trials leave the parameters where they went": (
+        replace(Objective, "restore", lambda original, self, values: None), check_found, (),
     ),
     "the first candidate is taken": (
         replace(LevenbergMarquardt, "candidates", lambda original, self, damping: [damping]),

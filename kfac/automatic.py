@@ -100,7 +100,7 @@ class AutomaticStep:
         self.rejected = 0
         self.figures = dict.fromkeys(("lr", "momentum", "reduction_ratio"), float("nan"))
         self.is_evaluating = False
-        self._losses: tuple[float, float] | None = None  # lowest and highest so far
+        self._losses: tuple[float, float] | None = None  # lowest and highest of late
 
     def take(
         self, groups: Sequence[Mapping[str, Any]], state: dict[Any, Any], closure: Callable[[], Any]
@@ -135,10 +135,9 @@ class AutomaticStep:
         return loss
 
     def _is_sound(self, loss: float) -> bool:
-        """Whether loss and gradients are finite, and the loss is not far above all before it.
+        """Whether loss and gradients are finite, and the loss is not far above the last ones.
 
-        Far means above the highest loss before by ten times the range of all of them, what the
-        models have predicted included.
+        Far means above the highest of them by twice their range.
         """
         gradients = [p.grad for p in self._engine.params if p.grad is not None]
         if not (math.isfinite(loss) and all_finite(gradients)):
@@ -146,7 +145,7 @@ class AutomaticStep:
         if self._losses is None:
             return True
         lowest, highest = self._losses
-        return loss <= highest + 10 * (highest - lowest)
+        return loss <= highest + 2 * (highest - lowest)
 
     def _move(
         self,
@@ -154,44 +153,61 @@ class AutomaticStep:
         state: dict[Any, Any],
         evaluated: "Evaluated",
     ) -> None:
-        engine, rule = self._engine, self._settings.levenberg_marquardt
+        engine = self._engine
         plan = engine.plan()
         objective = Objective.of(engine, groups, state)
         finite = all_finite([*objective.gradients.values(), torch.tensor(evaluated.loss)])
-        engine.update_factors(finite, 1.0)
-        if not finite:
-            engine.advance(plan, finite)
-            return
-        found = self._find_damping(objective, evaluated, plan.refresh)
-        damping, own = self._damping(groups), self.preconditioner_damping
-        if rule is not None and rule.is_searched(engine.steps):
+        saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
+        own, is_done = self.preconditioner_damping, False
+        try:
+            engine.update_factors(finite, 1.0)
+            is_done = not finite or self._step(groups, state, objective, evaluated, plan.refresh)
+            self.rejected += not is_done
+        finally:
+            if evaluated.is_watched and not is_done:
+                evaluated.start.restore()
+                objective.restore(saved)
+                self.preconditioner_damping = own
+        engine.advance(plan, finite)
+
+    def _step(
+        self,
+        groups: Sequence[Mapping[str, Any]],
+        state: dict[Any, Any],
+        objective: Objective,
+        evaluated: "Evaluated",
+        due: frozenset[str],
+    ) -> bool:
+        """Choose a step, take it, and adapt λ.
+
+        Returns:
+            Whether it is good enough to be kept.
+        """
+        rule = self._settings.levenberg_marquardt
+        found = self._find_damping(objective, evaluated, due)
+        damping = self._damping(groups)
+        if rule is not None and rule.is_searched(self._engine.steps):
             found, chosen = None, self._search(rule, objective, damping)
         elif found is not None:
             chosen = found.chosen
         else:
-            engine.blocks.refresh(self._by_layer(objective, damping), plan.refresh)
+            self._engine.blocks.refresh(self._by_layer(objective, damping), due)
             chosen = self._choose(objective, damping)
-        saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         objective.move(chosen.step)
+        if evaluated.is_watched:
+            if found is None:
+                change = self._change(objective, chosen, evaluated)
+                ratio = reduction_ratio(change, chosen.change)
+            else:
+                ratio = found.ratio
+            if not self._adapt(ratio):
+                return False
+        for parameter, step in chosen.step.items():
+            state[parameter]["last_step"] = step
         expected = evaluated.loss + chosen.change * objective.terms
-        self._losses = _extended(self._losses, evaluated.loss, expected)
+        self._losses = _with_recent(self._losses or (expected, evaluated.loss), evaluated.loss)
         self.figures |= {"lr": -chosen.coefficients[0], "momentum": chosen.coefficients[1]}
-        if not evaluated.is_watched:
-            is_kept = True
-        elif found is not None:
-            is_kept = self._adapt(found.ratio)
-        else:
-            change = self._change(objective, chosen, evaluated)
-            is_kept = self._adapt(reduction_ratio(change, chosen.change))
-        if is_kept:
-            for parameter, step in chosen.step.items():
-                state[parameter]["last_step"] = step
-        else:
-            evaluated.start.restore()
-            objective.restore(saved)
-            self.preconditioner_damping = own
-            self.rejected += 1
-        engine.advance(plan, finite)
+        return True
 
     @torch.no_grad()
     def _retreat(
@@ -413,10 +429,10 @@ class AutomaticStep:
             directions[parameter] = direction * scale.to(direction)
 
 
-def _extended(known: tuple[float, float] | None, *losses: float) -> tuple[float, float]:
-    """Lowest and highest of some losses and of those before."""
-    every = [*(known or ()), *losses]
-    return min(every), max(every)
+def _with_recent(known: tuple[float, float], loss: float) -> tuple[float, float]:
+    """Lowest and highest loss of late: what lies further off is forgotten by 5% per step."""
+    lowest, highest = (loss + 0.95 * (value - loss) for value in known)
+    return min(lowest, loss), max(highest, loss)
 
 
 class Evaluated(NamedTuple):

@@ -331,7 +331,7 @@ def everything(problem: Problem, optimizer: KFAC) -> dict[str, Any]:
     return {
         "parameters": values(problem.model),
         "buffers": [b.clone() for b in problem.model.buffers()],
-        "last steps": [optimizer.state[p]["last_step"] for p in problem.model.parameters()],
+        "last steps": [optimizer.state[p].get("last_step") for p in problem.model.parameters()],
         "layers": copy.deepcopy(engine["layers"]),
         "random numbers": torch.get_rng_state(),
     }
@@ -436,6 +436,26 @@ def check_retreat(harm: str = "loss not finite") -> None:
 )
 def test_a_step_is_taken_back_if_the_next_batch_shows_that_it_went_wrong(harm: str) -> None:
     check_retreat(harm)
+
+
+@pytest.mark.parametrize("step", [0, 1, 4], ids=["trial", "search", "ratio"])
+def test_a_closure_that_fails_when_called_again_changes_nothing(step: int) -> None:
+    problem = Problem()
+    problem.batches *= 2
+    optimizer = problem.optimizer(damping=LevenbergMarquardt(), factor_decay=0.9)
+    problem.train(optimizer, step)
+    before = everything(problem, optimizer)
+    evaluate, calls = problem.closure(optimizer, problem.batches[step]), []
+
+    def closure() -> Tensor:
+        calls.append(None)
+        if len(calls) > 1:
+            raise OSError("the data are gone")
+        return evaluate()
+
+    with pytest.raises(OSError, match="the data are gone"):
+        optimizer.step(closure)
+    assert_equal(everything(problem, optimizer), before)
 
 
 def check_hard_batch() -> None:

@@ -271,7 +271,8 @@ class AutomaticStep:
         Args:
             objective: The objective.
             evaluated: What the closure has returned.
-            due: The layers whose inverses this step refreshes. All are, where they contain λ.
+            due: The layers whose inverses this step refreshes. Where they contain λ, those of all
+                are refreshed for another λ, and as they were if λ stays.
 
         Returns:
             The step from the λ that was found; None if none was looked for.
@@ -282,11 +283,17 @@ class AutomaticStep:
         if self.preconditioner_damping is not None:
             return None  # γ² is searched for instead
         saved = [p.detach().clone() for p in objective.parameters]
-        if not self._engine.inverse.damping_is_live:
-            due = frozenset(self._engine.blocks.layers)
+        blocks, here = self._engine.blocks, self.damping
+        is_live = self._engine.inverse.damping_is_live
+        inverses: dict[str, Any] | None = None
 
         def trial_at(damping: float) -> TriedStep:
-            self._engine.blocks.refresh(objective.preconditioner_damping(damping), due)
+            nonlocal inverses
+            if is_live or damping == here:
+                blocks.refresh(objective.preconditioner_damping(damping), due)
+            else:
+                inverses = inverses or blocks.snapshot()
+                self._refresh(objective, damping)
             chosen = self._choose(objective, damping)
             objective.move(chosen.step)
             try:
@@ -295,12 +302,13 @@ class AutomaticStep:
                 objective.restore(saved)
             return TriedStep(damping, change, reduction_ratio(change, chosen.change), chosen)
 
-        if self.damping is None:
-            found = rule.calibrate(trial_at)
-        else:
-            found = rule.lowered(self.damping, trial_at)
+        found = rule.calibrate(trial_at) if here is None else rule.lowered(here, trial_at)
+        if inverses is not None:
+            if found.damping == here:
+                blocks.restore(inverses)
+            else:
+                self._refresh(objective, found.damping)
         self.damping = found.damping
-        self._engine.blocks.refresh(objective.preconditioner_damping(self.damping), due)
         return found
 
     def _by_layer(self, objective: Objective, damping: float) -> dict[str, float]:

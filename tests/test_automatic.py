@@ -552,6 +552,24 @@ def test_the_damping_is_found_by_trying_steps() -> None:
     check_found()
 
 
+class StayAfterTrial(LevenbergMarquardt):
+    def lowered(self, damping: float, trial_at: Any) -> Any:
+        found = trial_at(damping)
+        trial_at(damping / 10)
+        return found
+
+
+@pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
+def test_a_damping_that_was_only_tried_leaves_the_inverses_as_they_were(inverse: str) -> None:
+    problem = Problem()
+    rule = StayAfterTrial(least_ratio=-1e9)
+    optimizer = problem.optimizer(damping=rule, inverse=inverse, inverse_update_period=100)
+    problem.train(optimizer, 1)
+    before = copy.deepcopy(optimizer._engine.blocks.states)
+    optimizer.step(problem.closure(optimizer, problem.batches[1]))
+    assert_equal(optimizer._engine.blocks.states, before)
+
+
 # Resuming, and what is refused
 
 

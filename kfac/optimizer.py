@@ -69,7 +69,7 @@ class KFAC(torch.optim.Optimizer):
     damping and ν the scale of the trust region. All other parameters are trained by the fallback;
     :meth:`summary` says which.
 
-        optimizer = KFAC(model, lr=0.03, criterion=criterion)
+        optimizer = KFAC(model, criterion=criterion)
         for x, y in loader:
             optimizer.zero_grad()
             criterion(model(x), y).backward()
@@ -128,7 +128,7 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         params: ParamsT | None = None,
         *,
-        lr: float | Tensor | Literal["auto"] = 0.03,
+        lr: float | Tensor | Literal["auto"] = 0.01,
         momentum: float | Literal["auto"] = 0.9,
         nesterov: bool = False,
         weight_decay: float = 0.0,

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +24,8 @@ class ModelSettings:
     """What of a step is given, and what the quadratic model chooses.
 
     Attributes:
-        lr: Learning rate; None for the model's choice.
-        momentum: Momentum; None for the model's choice.
+        lr: Learning rate of the step at hand; None for the model's choice.
+        momentum: Momentum of the step at hand; None for the model's choice.
         levenberg_marquardt: The rule for λ; None where λ is given.
         kl_clip: Trust region of a given learning rate.
         fraction: Of a batch's examples, those that the model's curvature is estimated from.
@@ -36,6 +36,27 @@ class ModelSettings:
     levenberg_marquardt: LevenbergMarquardt | None
     kl_clip: float | None
     fraction: float = 1.0
+
+    def at(self, groups: Sequence[Mapping[str, Any]]) -> "ModelSettings":
+        """The same with the learning rate and the momentum that the groups hold now.
+
+        Raises:
+            RuntimeError: If they are not those of a single step.
+        """
+        return replace(
+            self, lr=_held_by_all(groups, "lr"), momentum=_held_by_all(groups, "momentum")
+        )
+
+
+def _held_by_all(groups: Sequence[Mapping[str, Any]], key: str) -> float | None:
+    """The value that all groups hold, None for "auto"."""
+    held = [None if isinstance(group[key], str) else float(group[key]) for group in groups]
+    if any(value != held[0] or not math.isfinite(value or 0.0) for value in held):
+        raise RuntimeError(
+            "A step that a quadratic model chooses is the same for all groups, but their "
+            f"{key} is {held}. Give all of them the same finite {key}."
+        )
+    return held[0]
 
 
 @dataclass
@@ -116,6 +137,7 @@ class AutomaticStep:
         Returns:
             What the closure returned.
         """
+        self._settings = self._settings.at(groups)
         engine, rule = self._engine, self._settings.levenberg_marquardt
         is_watched = rule is not None and (self.damping is None or rule.is_due(engine.steps))
         start = Start.of(engine, with_curvature=is_watched)

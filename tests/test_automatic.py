@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import kfac.automatic
 from kfac import KFAC, LevenbergMarquardt, Preconditioner
-from kfac.automatic import AutomaticStep
+from kfac.automatic import AutomaticStep, ModelSettings
 from kfac.curvature import Curvature
 from kfac.levenberg_marquardt import Trial
 from kfac.objective import Objective
@@ -171,6 +171,47 @@ def check_steps(model: str, given: str, **settings: Any) -> None:
 @pytest.mark.parametrize("model", MODELS)
 def test_steps_minimise_the_model(model: str, given: str) -> None:
     check_steps(model, given)
+
+
+def check_schedule() -> None:
+    """A learning rate or a momentum that is given may change from step to step."""
+    for given, at in [
+        ({"lr": 0.3, "kl_clip": None}, lambda x: (-x, None)),
+        ({"momentum": 0.3}, lambda x: (None, x)),
+    ]:
+        torch.manual_seed(0)
+        problem = Problem()
+        optimizer = problem.optimizer(**given)
+        (key,) = given.keys() & {"lr", "momentum"}
+        last = torch.zeros(sum(p.numel() for p in problem.model.parameters())).double()
+        for step, batch in enumerate(problem.batches):
+            optimizer.param_groups[0][key] = value = 0.3 / (step + 1)
+            delta, _ = reference_model(
+                copy.deepcopy(problem.model), problem.criterion, batch, last, at(value)
+            )
+            before = torch.cat([p.flatten() for p in values(problem.model)])
+            optimizer.step(problem.closure(optimizer, batch))
+            after = torch.cat([p.flatten() for p in values(problem.model)])
+            torch.testing.assert_close(after - before, delta, rtol=1e-7, atol=1e-8)
+            last = delta
+
+
+def test_what_is_given_may_follow_a_schedule() -> None:
+    check_schedule()
+
+
+@pytest.mark.parametrize("value", [math.nan, 0.1])
+def test_groups_that_do_not_make_a_single_step_are_refused(value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    problem = Problem(model)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
+    optimizer = KFAC(model, groups, lr=0.2, momentum="auto", criterion=problem.criterion)
+    problem.train(optimizer, 1)
+    before = values(model)
+    optimizer.param_groups[1]["lr"] = value
+    with pytest.raises(RuntimeError, match="Give all of them the same finite lr"):
+        problem.train(optimizer, 1)
+    assert_equal(values(model), before)
 
 
 def check_search() -> None:
@@ -719,6 +760,9 @@ MUTANTS: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], Callable[..., Non
     "surroundings not restored": (forgotten("restore"), check_rejection, (1e6,)),
     "the last step kept after a retreat": (
         replace(AutomaticStep, "_retreat", lambda original, *arguments: None), check_retreat, (),
+    ),
+    "the schedule not followed": (
+        replace(ModelSettings, "at", lambda original, self, groups: self), check_schedule, (),
     ),
     "gradients not looked at": (
         replace(AutomaticStep, "_is_sound", lambda original, self, loss: math.isfinite(loss)),

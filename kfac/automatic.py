@@ -132,7 +132,8 @@ class AutomaticStep:
             groups: The optimizer's parameter groups.
             state: Its state by parameter, which holds the last step.
             closure: Evaluates the model on the step's batch, calls ``backward`` and returns the
-                loss. Where λ adapts itself it is called once more in some steps.
+                loss. It is called again where λ is adapted or looked for, once for every step that
+                is tried, and where the batch shows that the last step may have gone wrong.
 
         Returns:
             What the closure returned.

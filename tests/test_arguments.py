@@ -132,6 +132,7 @@ def test_a_model_without_trained_parameters_is_refused() -> None:
         KFAC(frozen_model(), lr=0.1)
 
 
+@pytest.mark.promise("lazy modules")
 def test_a_lazy_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"Run one forward pass before"):
         KFAC(nn.Sequential(nn.LazyLinear(2)), lr=0.1)

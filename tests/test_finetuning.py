@@ -216,6 +216,7 @@ def test_biases_alone_are_trained_by_the_fallback(fisher: str) -> None:
         close(model.get_parameter(name), old - LR * slopes[name] if is_bias(name) else old)
 
 
+@pytest.mark.promise("frozen weights")
 def test_one_frozen_weight_leaves_the_other_layers_as_they_are() -> None:
     model, (batch,) = Several(), batches(1)
     model.head.weight.requires_grad_(False)
@@ -258,6 +259,7 @@ def test_frozen_biases_leave_their_weights_under_kfac_without_a_constant(sharing
         assert rows_of(optimizer)[name] == treatment
 
 
+@pytest.mark.promise("parameters frozen after construction")
 def test_a_weight_that_is_frozen_later_stays_and_its_bias_gets_the_plain_gradient() -> None:
     model, (one, two) = Several(), batches(2)
     _, step = make(model)
@@ -357,6 +359,7 @@ class Recurrent(nn.Module):
         return self.head(self.memory(x[..., None] + self.start)[0][:, -1])
 
 
+@pytest.mark.promise("other modules")
 @pytest.mark.parametrize("fallback", ["sgd", "adamw"])
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 def test_recurrent_layers_and_lone_parameters_are_trained(

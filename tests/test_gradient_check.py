@@ -37,6 +37,7 @@ def start(model: nn.Module, fisher: str = "empirical") -> tuple[KFAC, nn.Module]
     return KFAC(model, lr=0.1, criterion=criterion, fisher=fisher), criterion
 
 
+@pytest.mark.promise("a weight used without calling its module")
 @pytest.mark.parametrize("fisher", ["empirical", "mc", "type-2"])
 def test_a_use_that_no_tap_sees_is_reported_once(fisher: str) -> None:
     model = Head()
@@ -48,6 +49,7 @@ def test_a_use_that_no_tap_sees_is_reported_once(fisher: str) -> None:
     optimizer.step()
 
 
+@pytest.mark.promise("a weight used without calling its module")
 def test_a_use_in_the_loss_is_reported() -> None:
     model = nn.Sequential()
     model.first = nn.Linear(5, 3)

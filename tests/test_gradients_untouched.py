@@ -427,6 +427,7 @@ class Elsewhere(nn.Module):
         return self.head(F.linear(self.shared(x).tanh(), self.shared.weight))
 
 
+@pytest.mark.promise("a weight used without calling its module")
 @pytest.mark.parametrize("fisher", FISHERS)
 def test_a_weight_that_is_also_used_elsewhere_is_noticed(fisher: str) -> None:
     model, criterion = Elsewhere().double(), nn.CrossEntropyLoss()

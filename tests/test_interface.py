@@ -630,6 +630,7 @@ def test_a_compiled_model_steps_like_the_plain_one() -> None:
     assert names == [name for name, _ in plain.named_parameters()]
 
 
+@pytest.mark.promise("`nn.Linear`")
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 5, 3), (2, 1, 4, 3)])
 def test_linear_layers_take_any_leading_dimensions(shape: tuple[int, ...]) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))

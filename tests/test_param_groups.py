@@ -44,11 +44,14 @@ def test_supported_layers_are_under_kfac() -> None:
     assert {treatment for treatment, _ in summary.values()} == {"kfac"}
 
 
+@pytest.mark.promise("subclasses of the above")
 def test_a_subclass_that_computes_what_its_base_does_is_taken_for_it() -> None:
     summary = summary_of(nn.Sequential(OwnInitialisation()))
     assert summary["0.weight"] == ("kfac", "")
 
 
+@pytest.mark.promise("parametrised weights (`torch.nn.utils.parametrizations`)")
+@pytest.mark.promise("other modules")
 @pytest.mark.parametrize(
     ("model", "parameter", "treatment", "reason"),
     [
@@ -97,6 +100,7 @@ def test_skip_takes_names_globs_and_types_and_covers_what_is_inside(
     assert skipped == {n for n, _ in model.named_parameters() if n.startswith(expected)}
 
 
+@pytest.mark.promise("frozen weights")
 def test_a_frozen_weight_leaves_its_bias_to_the_fallback() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].weight.requires_grad_(False)
@@ -200,6 +204,7 @@ def test_trained_parameters_outside_the_model_are_shown() -> None:
     assert optimizer.summary()[2].parameter == "(outside the model) 0"
 
 
+@pytest.mark.promise("parameters unfrozen after construction")
 def test_parameters_that_are_unfrozen_later_are_trained() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)

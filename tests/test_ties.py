@@ -61,6 +61,8 @@ class Pair(nn.Module):
         return self.head(self.two(self.one(x).tanh()).mean(1))
 
 
+@pytest.mark.promise("one module called several times in a forward pass")
+@pytest.mark.promise("a weight shared by several modules")
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("fisher", ["type-2", "mc", "empirical", "forward-only"])
 def test_tied_modules_step_like_one_module_that_is_called_twice(fisher: str, sharing: str) -> None:
@@ -112,6 +114,7 @@ def test_convolutions_of_different_geometry_may_share_a_weight() -> None:
     close(optimizer.factor("0")[0], (rows.T @ rows / len(rows))[None])
 
 
+@pytest.mark.promise("a weight shared by several modules")
 def test_modules_with_biases_of_their_own_leave_them_to_the_fallback() -> None:
     model = Pair()
     model.two.bias = nn.Parameter(randn(WIDTH))
@@ -121,6 +124,7 @@ def test_modules_with_biases_of_their_own_leave_them_to_the_fallback() -> None:
     assert rows["one.bias"].treatment == rows["two.bias"].treatment == "fallback"
 
 
+@pytest.mark.promise("a weight shared by several modules")
 @pytest.mark.parametrize("kind", ["another use", "an unknown module"])
 def test_what_cannot_be_one_block_goes_to_the_fallback(kind: str) -> None:
     if kind == "another use":
@@ -251,6 +255,7 @@ def test_the_summary_shows_one_block() -> None:
     assert "head.weight" not in rows
 
 
+@pytest.mark.promise("a weight shared by several modules")
 def test_forward_only_leaves_it_to_the_fallback() -> None:
     row = KFAC(Predicting(), lr=0.1, fisher="forward-only").summary()[0]
     assert row.treatment == "fallback"

@@ -63,6 +63,7 @@ def test_nothing_changes_where_nothing_has_changed(inverse: str) -> None:
         assert updated.factor(name)[0].shape == optimizer.factor(name)[0].shape
 
 
+@pytest.mark.promise("modules added, removed or replaced after construction")
 def test_layers_that_stay_keep_factors_and_inverses() -> None:
     model, optimizer, criterion = start()
     before = copy.deepcopy(optimizer.state_dict()["kfac"]["layers"])
@@ -111,6 +112,7 @@ def test_a_removed_layer_is_forgotten() -> None:
     run(model, optimizer, criterion)
 
 
+@pytest.mark.promise("modules added, removed or replaced after construction")
 def test_a_replaced_layer_starts_anew() -> None:
     model, optimizer, criterion = start()
     model.body = layer()
@@ -120,6 +122,7 @@ def test_a_replaced_layer_starts_anew() -> None:
     run(model, optimizer, criterion)
 
 
+@pytest.mark.promise("parameters unfrozen after construction")
 def test_freezing_and_unfreezing() -> None:
     model, criterion = Net(), nn.CrossEntropyLoss()
     model.body.requires_grad_(False)

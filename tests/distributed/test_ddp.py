@@ -122,6 +122,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
 
 
+@pytest.mark.promise("`DistributedDataParallel`")
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_step_like_one_with_the_whole_batch(
     name: str, results: list[dict[str, Any]]
@@ -133,6 +134,7 @@ def test_two_processes_step_like_one_with_the_whole_batch(
             torch.testing.assert_close(state[key], expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.promise("`DistributedDataParallel`")
 def test_processes_stay_equal_though_each_samples_labels_of_its_own(
     results: list[dict[str, Any]],
 ) -> None:

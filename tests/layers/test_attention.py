@@ -147,6 +147,7 @@ def parameters_of(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.promise("`nn.MultiheadAttention`")
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize(
     "choice",
@@ -206,6 +207,7 @@ def test_one_token_is_exact(settings: str) -> None:
         close(found, expected)
 
 
+@pytest.mark.promise("`nn.MultiheadAttention`")
 def test_outputs_and_gradients_stay_bit_identical() -> None:
     for settings in SETTINGS.values():
         plain = Attending(**settings)
@@ -235,6 +237,7 @@ def test_checkpointing_changes_nothing(reentrant: bool) -> None:
         close(p, q)
 
 
+@pytest.mark.promise("`nn.MultiheadAttention`")
 def test_masks_dropout_and_single_sequences_are_seen() -> None:
     att = nn.MultiheadAttention(WIDTH, HEADS, dropout=0.5)
     optimizer = KFAC(att, lr=0.1, loss_terms=1)
@@ -309,6 +312,7 @@ class Called(Functional):
         return layer(x)
 
 
+@pytest.mark.promise("`F.linear` with the weight of a module")
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 def test_a_functional_linear_is_as_good_as_a_call(fisher: str, sharing: str) -> None:

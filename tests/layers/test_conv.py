@@ -263,6 +263,8 @@ def test_step_is_the_dense_natural_gradient(name: str) -> None:
     check_natural_step(name)
 
 
+@pytest.mark.promise("`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`")
+@pytest.mark.promise("`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`")
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_step_is_the_dense_natural_gradient_for_every_combination(name: str) -> None:
     dims = len(COMBINATIONS[name][1]["kernel_size"])
@@ -340,6 +342,7 @@ def test_large_factors_keep_their_diagonal(name: str) -> None:
         close(kept, whole.diagonal(dim1=1, dim2=2))
 
 
+@pytest.mark.promise("`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`")
 @pytest.mark.parametrize("name", SOME)
 def test_an_unbatched_input_is_a_batch_of_one(name: str) -> None:
     kind, geometry = LAYERS[name]
@@ -355,6 +358,7 @@ def test_an_unbatched_input_is_a_batch_of_one(name: str) -> None:
     close(list(unbatched.parameters()), list(batched.parameters()))
 
 
+@pytest.mark.promise("subclasses of the above")
 @pytest.mark.parametrize("kind", ConvLayer.module_types + ConvTransposeLayer.module_types)
 def test_subclasses_that_compute_something_else_go_to_the_fallback(kind: type[nn.Module]) -> None:
     subclass = type("Subclass", (kind,), {"forward": lambda self, x: 2 * kind.forward(self, x)})
@@ -390,6 +394,7 @@ def test_output_size_may_be_the_size_that_the_output_has(sharing: str) -> None:
     close(sized_step(sharing, [8, 7], output_padding=(1, 0)), expected)
 
 
+@pytest.mark.promise("`nn.ConvTranspose1d`, `nn.ConvTranspose2d`, `nn.ConvTranspose3d`")
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("size", [[7, 7], [8, 8]])
 def test_another_output_size_is_refused(sharing: str, size: list[int]) -> None:

@@ -73,6 +73,7 @@ def test_under_reduce_it_keeps_the_diagonal_of_that_layer(inverse: Any) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.promise("`nn.Embedding`")
 def test_a_holds_the_frequencies_of_the_tokens() -> None:
     model = Looked()
     optimizer = KFAC(model, lr=0.1)
@@ -83,6 +84,7 @@ def test_a_holds_the_frequencies_of_the_tokens() -> None:
     torch.testing.assert_close(optimizer.factor("table")[0], expected)
 
 
+@pytest.mark.promise("`nn.Embedding`")
 def test_padding_counts_as_an_input_of_zeros_and_its_row_stays() -> None:
     model = Looked(padding_idx=0)
     before = model.table.weight.detach().clone()
@@ -111,6 +113,7 @@ def test_tokens_may_have_any_shape(shape: tuple[int, ...]) -> None:
     assert optimizer.factor("")[0][0].tolist() == [1, 0, 0, 0, 0, 0, 0]
 
 
+@pytest.mark.promise("`nn.Embedding`")
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [({"scale_grad_by_freq": True}, "scale_grad_by_freq"), ({"sparse": True}, "sparse=True")],

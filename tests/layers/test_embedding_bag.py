@@ -111,6 +111,7 @@ def assert_equal_to_dense(form: str, mode: str, examples: int, **settings: Any) 
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.promise("`nn.EmbeddingBag`")
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
 @pytest.mark.parametrize(("form", "mode"), CASES)
 def test_it_steps_like_the_linear_layer_on_bag_vectors(form: str, mode: str, inverse: Any) -> None:
@@ -172,6 +173,7 @@ def test_a_large_vocabulary_needs_no_square_factor() -> None:
     assert optimizer.memory_estimate()["factors"] == 4 * (50_000 + 64)
 
 
+@pytest.mark.promise("`nn.EmbeddingBag`")
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [

@@ -71,6 +71,7 @@ def assert_equal(found: list[Tensor], expected: list[Tensor]) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.promise("`transformers.pytorch_utils.Conv1D`")
 @pytest.mark.parametrize("inverse", ["cholesky", "eigen"])
 @pytest.mark.parametrize("weight_sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("shape", [(6,), (6, 2)])

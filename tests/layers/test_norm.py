@@ -242,6 +242,7 @@ def check_step(case: Case, sharing: str) -> None:
     close(moved(net.norm, before.norm), -oracles.solve_exact_damping(*expected, DAMPING, gradient))
 
 
+@pytest.mark.promise("normalisation layers")
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("name", NORMS)
 def test_factors_and_step_are_those_of_explicit_sums(name: str, sharing: str) -> None:
@@ -337,6 +338,7 @@ def test_large_factors_keep_their_diagonal(name: str) -> None:
 # Calls
 
 
+@pytest.mark.promise("normalisation layers")
 @pytest.mark.parametrize("name", TRACKED)
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_of_the_forward_pass_counts(name: str, training: bool) -> None:
@@ -504,6 +506,7 @@ def test_without_parameters_there_is_nothing_to_take(norm: nn.Module) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.promise("normalisation layers")
 def test_synchronised_batch_norm_goes_to_the_fallback() -> None:
     rows = KFAC(nn.SyncBatchNorm(3), lr=0.1).summary()
     assert {(row.treatment, row.reason) for row in rows} == {

@@ -14,6 +14,8 @@ OnGradient = Callable[[Tensor, Tensor, object], object]
 # The model's output and the loss's target.
 OnReached = Callable[[Tensor, Tensor | None], None]
 
+_COPY = "ToCopyBackward0"  # autograd's name for a copy in another dtype or on another device
+
 
 class Tap(torch.autograd.Function):
     """Identity on a layer's output that shows each gradient passing through, with the input.
@@ -119,17 +121,28 @@ def silent_hooks() -> Iterator[None]:
 def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) -> None:
     """Call a bound method when the gradient of ``tensor`` is known.
 
+    Of a copy in another dtype or on another device, that of what it is a copy of: a model that
+    computes its loss itself may return its outputs converted, off the way to the loss.
+
     Only a weak reference to the method's object goes into the graph.
     """
     assert isinstance(method, MethodType)
     reference = weakref.WeakMethod(method)
 
-    def hook(gradient: Tensor) -> None:
+    def hook(gradient: Any) -> None:
         alive = reference()
         if alive is not None:
             alive(*arguments)
 
-    tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+    node = tensor.grad_fn
+    if node is None or node.name() != _COPY:
+        tensor.register_hook(hook)  # type: ignore[no-untyped-call]
+        return
+    while node.name() == _COPY:
+        source = node.next_functions[0][0]
+        assert source is not None  # what is copied requires a gradient
+        node = source
+    node.register_prehook(hook)
 
 
 def argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:

@@ -142,13 +142,21 @@ class AutomaticStep:
         engine, rule = self._engine, self._settings.levenberg_marquardt
         is_watched = rule is not None and (self.damping is None or rule.is_due(engine.steps))
         start = Start.of(engine, with_curvature=is_watched)
+        recorder = engine.capture.recorder
+        before = [] if recorder is None else list(recorder.calls)
         with torch.enable_grad():
             loss = closure()
-        recorder = engine.capture.recorder
         if recorder is None or not recorder.calls:
             raise RuntimeError(
                 "The closure has not computed a gradient that the quadratic model can be made of. "
                 "It must call the model that K-FAC was given, the criterion, and backward()."
+            )
+        if rule is not None and before and before[0] in recorder.calls:
+            raise RuntimeError(
+                "Gradients were accumulated before the closure, so its loss is not the one that "
+                "they are of, and damping=LevenbergMarquardt() cannot tell how well the step was "
+                "predicted. Let the closure clear the gradients and go through all micro-batches, "
+                "or give a number as damping."
             )
         with torch.autocast(engine.params[0].device.type, enabled=False):
             evaluated = Evaluated(closure, self._mean(loss), start, is_watched)

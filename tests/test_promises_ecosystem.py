@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac import KFAC
+from kfac import KFAC, LevenbergMarquardt
 
 EVERY_STEP: dict[str, Any] = {
     "fisher": "type-2", "factor_update_period": 1, "inverse_update_period": 1, "kl_clip": None,
@@ -27,6 +27,28 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def vector(parameters: Iterable[Tensor]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])
+
+
+@pytest.mark.promise("gradient accumulation before the closure, with `LevenbergMarquardt`")
+def test_levenberg_marquardt_refuses_gradients_from_before_the_closure() -> None:
+    """The closure's loss is not the one that the gradients are of, so ρ would be wrong."""
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion=criterion, lr=0.1, damping=LevenbergMarquardt())
+    halves = [tuple(t.chunk(2)[i] for t in batch(0)) for i in range(2)]
+
+    def backward(half: Any) -> Tensor:
+        loss: Tensor = criterion(model(half[0]), half[1]) / 2
+        loss.backward()
+        return loss
+
+    before = vector(model.parameters())
+    backward(halves[0])
+    with pytest.raises(RuntimeError, match="accumulated before the closure"):
+        optimizer.step(lambda: backward(halves[1]))
+    torch.testing.assert_close(vector(model.parameters()), before, rtol=0, atol=0)
+    optimizer.zero_grad()
+    optimizer.step(lambda: (optimizer.zero_grad(), sum(map(backward, halves)))[1])
+    assert optimizer.diagnostics()["steps"] == 1
 
 
 class OwnLoss(nn.Module):

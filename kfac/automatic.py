@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,18 @@ from kfac.preconditioner import Preconditioner
 from kfac.quadratic_model import quadratic_model
 from kfac.rewind import Start
 from kfac.update import all_finite, kl_clip_scale, predicted_change
+
+
+class Auto(str):
+    """The "auto" that stands in a parameter group, and says why no scheduler can change it."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise TypeError(
+            "There is nothing to schedule where lr or momentum is 'auto': the quadratic model "
+            "chooses it in every step. Give KFAC a number, or leave the scheduler away."
+        )
+
+    __mul__ = __rmul__ = __sub__ = __rsub__ = __truediv__ = __rtruediv__ = __float__ = _refuse
 
 
 @dataclass(frozen=True)

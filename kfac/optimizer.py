@@ -21,7 +21,7 @@ from kfac.arguments import (
     argument_error,
     check,
 )
-from kfac.automatic import AutomaticStep, ModelSettings
+from kfac.automatic import Auto, AutomaticStep, ModelSettings
 from kfac.capture import OutputSelector, PositionMask
 from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
@@ -505,6 +505,12 @@ class KFAC(torch.optim.Optimizer):
             "the copy of the model and load_state_dict() the state_dict() of this one."
         )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over loaded groups, where "auto" is a plain string."""
+        super().__setstate__(state)
+        for group in self.param_groups:
+            group |= {key: Auto(value) for key, value in group.items() if isinstance(value, str)}
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""
         super().zero_grad(set_to_none)
@@ -578,6 +584,8 @@ class KFAC(torch.optim.Optimizer):
         (λ) where the quadratic model chooses the steps.
         """
         state_dict = super().state_dict() | {"kfac": self._engine.state_dict()}
+        for group in state_dict["param_groups"]:
+            group |= {key: str(value) for key, value in group.items() if isinstance(value, Auto)}
         if self._fallback is not None:
             state_dict["fallback"] = self._fallback.state_dict()
         if self._automatic is not None:
@@ -645,7 +653,9 @@ def _check_automatic(
 
 def _plain(value: Any) -> Any:
     """A number as Python's own type, which checkpoints hold; tensors and schedules as they are."""
-    if isinstance(value, bool | str | Tensor) or callable(value):
+    if isinstance(value, str):
+        return Auto(value)
+    if isinstance(value, bool | Tensor) or callable(value):
         return value
     return float(value)
 

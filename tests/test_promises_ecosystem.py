@@ -1,17 +1,53 @@
 """Torch's own companions of an optimizer: schedulers, clipping, averages of the parameters."""
 
-from collections.abc import Iterable
+import copy
+import inspect
+import io
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import SWALR
 
 from kfac import KFAC, LevenbergMarquardt
 
+# SequentialLR steps its parts so, in some versions of torch.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in `scheduler.step")
+Factory = Callable[[torch.optim.Optimizer], Any]
+STEPS = 6
 EVERY_STEP: dict[str, Any] = {
     "fisher": "type-2", "factor_update_period": 1, "inverse_update_period": 1, "kl_clip": None,
 }  # fmt: skip
+SCHEDULERS: dict[type, Factory] = {
+    lr_scheduler.LambdaLR: lambda o: lr_scheduler.LambdaLR(o, lambda step: 0.8**step),
+    lr_scheduler.MultiplicativeLR: lambda o: lr_scheduler.MultiplicativeLR(o, lambda _: 0.8),
+    lr_scheduler.StepLR: lambda o: lr_scheduler.StepLR(o, 2, 0.5),
+    lr_scheduler.MultiStepLR: lambda o: lr_scheduler.MultiStepLR(o, [1, 3], 0.5),
+    lr_scheduler.ConstantLR: lambda o: lr_scheduler.ConstantLR(o, 0.5, 3),
+    lr_scheduler.LinearLR: lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=4),
+    lr_scheduler.ExponentialLR: lambda o: lr_scheduler.ExponentialLR(o, 0.8),
+    lr_scheduler.PolynomialLR: lambda o: lr_scheduler.PolynomialLR(o, 4, 2.0),
+    lr_scheduler.CosineAnnealingLR: lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    lr_scheduler.CosineAnnealingWarmRestarts: (
+        lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2)
+    ),
+    lr_scheduler.SequentialLR: lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.StepLR(o, 1, 0.5)], [2]
+    ),
+    lr_scheduler.ChainedScheduler: lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.LinearLR(o, 0.1, total_iters=2), lr_scheduler.StepLR(o, 1, 0.5)], o
+    ),
+    lr_scheduler.ReduceLROnPlateau: lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=1),
+    lr_scheduler.CyclicLR: lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 2),
+    lr_scheduler.OneCycleLR: lambda o: lr_scheduler.OneCycleLR(o, 0.1, STEPS),
+    SWALR: lambda o: SWALR(o, 0.01, 3),
+}
+# These bring learning rates and momenta of their own.
+CYCLES = (lr_scheduler.CyclicLR, lr_scheduler.OneCycleLR)
+every_scheduler = pytest.mark.parametrize("kind", SCHEDULERS, ids=lambda kind: kind.__name__)
 
 
 def net() -> nn.Sequential:
@@ -27,6 +63,129 @@ def batch(step: int) -> tuple[Tensor, Tensor]:
 
 def vector(parameters: Iterable[Tensor]) -> Tensor:
     return torch.cat([p.detach().flatten() for p in parameters])
+
+
+def closure_of(model: nn.Module, criterion: nn.Module, optimizer: KFAC, step: int) -> Any:
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        x, y = batch(step)
+        loss: Tensor = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def advance(scheduler: Any) -> None:
+    """One step of a scheduler; a plateau is told of a loss that stays."""
+    scheduler.step(*[1.0] * isinstance(scheduler, lr_scheduler.ReduceLROnPlateau))
+
+
+class UnitSteps:
+    """K-FAC with lr=1 and without momentum, on a model that follows another one: −Δ."""
+
+    def __init__(self) -> None:
+        self.model, self.criterion = net(), nn.CrossEntropyLoss()
+        settings = EVERY_STEP | {"lr": 1.0, "momentum": 0.0}
+        self.optimizer = KFAC(self.model, criterion=self.criterion, **settings)
+
+    def direction(self, model: nn.Module, step: int) -> Tensor:
+        """Δ of the step that starts at a model's parameters."""
+        self.model.load_state_dict(model.state_dict())
+        before = vector(self.model.parameters())
+        self.optimizer.step(closure_of(self.model, self.criterion, self.optimizer, step))
+        return before - vector(self.model.parameters())
+
+
+@pytest.mark.promise("`torch.optim.lr_scheduler`")
+def test_every_scheduler_of_torch_is_covered() -> None:
+    found = {
+        kind
+        for _, kind in inspect.getmembers(lr_scheduler, inspect.isclass)
+        if issubclass(kind, (lr_scheduler.LRScheduler, lr_scheduler.ReduceLROnPlateau))
+    }
+    abstract = {lr_scheduler.LRScheduler, lr_scheduler._LRScheduler}
+    missing = found - abstract - SCHEDULERS.keys()
+    assert not missing, f"not covered: {missing}"
+
+
+@every_scheduler
+@pytest.mark.promise("`torch.optim.lr_scheduler`")
+def test_plain_steps_follow_the_scheduler(kind: type) -> None:
+    """p ← p − lr·m, m ← momentum·m + Δ with the lr and momentum that SGD would have."""
+    model, criterion, unit = net(), nn.CrossEntropyLoss(), UnitSteps()
+    optimizer = KFAC(model, criterion=criterion, lr=0.1, momentum=0.9, **EVERY_STEP)
+    other = torch.optim.SGD(net().parameters(), lr=0.1, momentum=0.9)
+    schedulers = [SCHEDULERS[kind](o) for o in (optimizer, other)]
+    buffer, seen = torch.zeros_like(vector(model.parameters())), []
+    for step in range(STEPS):
+        mine, theirs = optimizer.param_groups[0], other.param_groups[0]
+        assert (mine["lr"], mine["momentum"]) == (theirs["lr"], theirs["momentum"])
+        seen.append(mine["lr"])
+        buffer = mine["momentum"] * buffer + unit.direction(model, step)
+        expected = vector(model.parameters()) - mine["lr"] * buffer
+        optimizer.step(closure_of(model, criterion, optimizer, step))
+        torch.testing.assert_close(vector(model.parameters()), expected, rtol=1e-9, atol=1e-12)
+        other.step()
+        for scheduler in schedulers:
+            advance(scheduler)
+    assert len(set(seen)) > 1
+
+
+@every_scheduler
+@pytest.mark.promise("`torch.optim.lr_scheduler`")
+def test_automatic_steps_with_a_given_lr_follow_the_scheduler(kind: type) -> None:
+    """δ ← −lr·Δ + μ·δ with the scheduled lr, and the momentum μ that the quadratic model chose."""
+    model, criterion, unit = net(), nn.CrossEntropyLoss(), UnitSteps()
+    optimizer = KFAC(model, criterion=criterion, lr=0.1, momentum="auto", **EVERY_STEP)
+    scheduler = SCHEDULERS[kind](optimizer)
+    delta = torch.zeros_like(vector(model.parameters()))
+    for step in range(STEPS):
+        lr, momentum = (optimizer.param_groups[0][key] for key in ("lr", "momentum"))
+        direction, before = unit.direction(model, step), vector(model.parameters())
+        optimizer.step(closure_of(model, criterion, optimizer, step))
+        chosen = optimizer.diagnostics()["momentum"] if momentum == "auto" else momentum
+        delta = chosen * delta - lr * direction
+        after = vector(model.parameters())
+        torch.testing.assert_close(after, before + delta, rtol=1e-9, atol=1e-12)
+        advance(scheduler)
+    assert (momentum == "auto") == (kind not in CYCLES)
+    assert optimizer.diagnostics()["rejected_steps"] == 0
+
+
+@every_scheduler
+@pytest.mark.promise("`torch.optim.lr_scheduler`")
+def test_an_automatic_lr_cannot_be_scheduled(kind: type) -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion=criterion, lr="auto", momentum="auto")
+    if kind in CYCLES:
+        SCHEDULERS[kind](optimizer)
+        assert isinstance(optimizer.param_groups[0]["lr"], float)
+        return
+
+    def train() -> None:
+        scheduler = SCHEDULERS[kind](optimizer)
+        for step in range(STEPS):
+            optimizer.step(closure_of(model, criterion, optimizer, step))
+            advance(scheduler)
+
+    for _ in range(2):  # loaded groups are no less strict
+        with pytest.raises(TypeError, match="There is nothing to schedule"):
+            train()
+        assert optimizer.param_groups[0]["lr"] == "auto"
+        optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.promise("`torch.load(weights_only=True)`")
+def test_automatic_settings_are_saved_as_plain_strings() -> None:
+    optimizer = KFAC(net(), criterion=nn.CrossEntropyLoss(), lr="auto", momentum="auto")
+    file = io.BytesIO()
+    torch.save(optimizer.state_dict(), file)
+    file.seek(0)
+    (group,) = torch.load(file, weights_only=True)["param_groups"]
+    assert type(group["lr"]) is type(group["momentum"]) is str
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.state_dict()["param_groups"] == [group]
 
 
 @pytest.mark.promise("gradient accumulation before the closure, with `LevenbergMarquardt`")

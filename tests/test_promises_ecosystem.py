@@ -3,6 +3,7 @@
 import copy
 import inspect
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import SWALR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from kfac import KFAC, LevenbergMarquardt
 
@@ -188,6 +189,37 @@ def test_automatic_settings_are_saved_as_plain_strings() -> None:
     assert optimizer.state_dict()["param_groups"] == [group]
 
 
+@pytest.mark.parametrize(
+    "clip",
+    [
+        lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-2),
+        lambda parameters: nn.utils.clip_grad_norm_(parameters, 1e-2, float("inf")),
+        lambda parameters: nn.utils.clip_grad_value_(parameters, 1e-3),
+    ],
+    ids=["norm", "largest element", "value"],
+)
+@pytest.mark.promise("`clip_grad_norm_`, edits of `.grad` before `step`")
+def test_clipping_changes_the_gradient_and_not_the_factors(clip: Any) -> None:
+    """(A ⊗ G + λI)⁻¹ of the clipped gradient, with the factors of the plain one."""
+    model, criterion = net(), nn.CrossEntropyLoss()
+    settings = EVERY_STEP | {"lr": 0.1, "momentum": 0.0, "damping": 0.3, "inverse": "eigen"}
+    optimizer = KFAC(model, criterion=criterion, **settings)
+    x, y = batch(0)
+    criterion(model(x), y).backward()
+    clip(model.parameters())
+    layer: Any = model[2]
+    gradient = torch.cat([layer.weight.grad, layer.bias.grad[:, None]], dim=1)
+    inputs = torch.cat([model[:2](x), torch.ones(8, 1).double()], dim=1)
+    p = model(x).softmax(1)
+    a = inputs.T @ inputs / 8
+    g = (torch.diag_embed(p) - p[:, :, None] * p[:, None, :]).mean(0)
+    damped = torch.kron(g, a) + 0.3 * torch.eye(10).double()
+    direction = torch.linalg.solve(damped, gradient.flatten()).view(2, 5)
+    expected = torch.cat([layer.weight, layer.bias[:, None]], dim=1) - 0.1 * direction
+    optimizer.step()
+    torch.testing.assert_close(torch.cat([layer.weight, layer.bias[:, None]], dim=1), expected)
+
+
 @pytest.mark.promise("gradient accumulation before the closure, with `LevenbergMarquardt`")
 def test_levenberg_marquardt_refuses_gradients_from_before_the_closure() -> None:
     """The closure's loss is not the one that the gradients are of, so ρ would be wrong."""
@@ -208,6 +240,44 @@ def test_levenberg_marquardt_refuses_gradients_from_before_the_closure() -> None
     optimizer.zero_grad()
     optimizer.step(lambda: (optimizer.zero_grad(), sum(map(backward, halves)))[1])
     assert optimizer.diagnostics()["steps"] == 1
+
+
+@pytest.mark.promise("`AveragedModel`, `get_ema_multi_avg_fn`, `update_bn`, `SWALR`")
+@pytest.mark.parametrize("decay", [None, 0.5])
+def test_averaged_models_are_those_of_the_parameters(decay: float | None) -> None:
+    """θ̄ is the mean, or the exponential average, of what K-FAC has trained; training goes on."""
+
+    def train(average: bool) -> tuple[nn.Module, list[Tensor], Any]:
+        torch.manual_seed(1)
+        model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2))
+        model.double()
+        criterion = nn.CrossEntropyLoss()
+        optimizer = KFAC(model, criterion=criterion, lr=0.1, factor_update_period=2)
+        scheduler = SWALR(optimizer, 0.02, 2)
+        multi = None if decay is None else get_ema_multi_avg_fn(decay)
+        averaged = AveragedModel(model, multi_avg_fn=multi)
+        seen = []
+        for step in range(STEPS):
+            optimizer.step(closure_of(model, criterion, optimizer, step))
+            scheduler.step()
+            seen.append(vector(model.parameters()))
+            if average:
+                averaged.update_parameters(model)
+                averaged(batch(step)[0])  # an evaluation with gradients
+                update_bn([batch(step)[0]], averaged)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(0.02)
+        return model, seen, averaged
+
+    model, seen, averaged = train(average=True)
+    expected = seen[0]
+    for count, latest in enumerate(seen[1:], start=1):
+        share = 1 / (count + 1) if decay is None else 1 - decay
+        expected = (1 - share) * expected + share * latest
+    torch.testing.assert_close(vector(averaged.module.parameters()), expected)
+    inputs = averaged.module[0](batch(STEPS - 1)[0])
+    torch.testing.assert_close(averaged.module[1].running_mean, inputs.mean(0))
+    alone, _, _ = train(average=False)
+    torch.testing.assert_close(dict(model.state_dict()), dict(alone.state_dict()), rtol=0, atol=0)
 
 
 class OwnLoss(nn.Module):
@@ -238,3 +308,34 @@ def test_the_loss_may_come_from_the_output_before_its_conversion() -> None:
             optimizer.step()
     found, expected = (vector(model.parameters()) for model in models)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.promise("TensorBoard, `diagnostics()`")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"lr": "auto", "momentum": "auto", "damping": LevenbergMarquardt(search_period=2)},
+        {"graft": "adam", "burn_in": 1, "inverse": "ekfac"},
+    ],
+    ids=["plain", "automatic", "grafted"],
+)
+def test_every_diagnostic_can_be_logged(settings: dict[str, Any], tmp_path: Any) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from torch.utils.tensorboard import SummaryWriter
+
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, criterion=criterion, **settings)
+    logged: list[dict[str, float]] = []
+    with SummaryWriter(tmp_path) as writer:
+        for step in range(3):
+            optimizer.step(closure_of(model, criterion, optimizer, step))
+            logged.append(optimizer.diagnostics())
+            for key, value in logged[-1].items():
+                writer.add_scalar(f"kfac/{key}", value, step)
+    found = accumulator.EventAccumulator(str(tmp_path)).Reload()
+    assert set(found.Tags()["scalars"]) == {f"kfac/{key}" for row in logged for key in row}
+    for key, (step, row) in itertools.product(logged[-1], enumerate(logged)):
+        if key in row:
+            events = {event.step: event.value for event in found.Scalars(f"kfac/{key}")}
+            assert events[step] == pytest.approx(row[key], nan_ok=True)

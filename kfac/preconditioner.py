@@ -37,6 +37,7 @@ from kfac.fisher import (
     empirical_scale,
     likelihood_of,
 )
+from kfac.hooks import ModuleHook
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
 from kfac.kronecker import CurvatureBlocks, KroneckerBlock
 from kfac.param_groups import (
@@ -253,6 +254,15 @@ class Preconditioner:
             "records_calls": records_calls,
         }
         self.capture = self._watch()
+        self._joining = model.register_forward_pre_hook(ModuleHook(model, self._join))
+
+    def _join(self, _: tuple[Any, ...]) -> None:
+        """Belong to the processes over which a wrapper averages that was put on the model later."""
+        if self.ranks.size > 1:
+            return
+        self.ranks = Ranks.of_call()
+        if self._vectors is not None:
+            self._vectors.rank = self.ranks.rank
 
     def _checked_params(self, params: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
         owner = self._finding["owner"]
@@ -522,6 +532,7 @@ class Preconditioner:
 
     def remove_hooks(self) -> None:
         """Remove every hook from the model and the criterion; the factors stay as they are."""
+        self._joining.remove()
         self.capture.remove()
 
     # --- state ---------------------------------------------------------------------------------

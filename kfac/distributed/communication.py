@@ -37,6 +37,12 @@ class Ranks:
                 return Ranks(group, dist.get_rank(group), dist.get_world_size(group))
         return Ranks()
 
+    @staticmethod
+    def of_call() -> "Ranks":
+        """Those of the ``DistributedDataParallel`` whose forward pass is under way, if one is."""
+        wrapper = DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+        return Ranks() if wrapper is None else Ranks.of(wrapper)
+
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their sums over all processes, in one message per dtype and device."""
         if self.size == 1:

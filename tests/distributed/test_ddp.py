@@ -38,6 +38,9 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+# accelerate and Hugging Face's Trainer wrap a model whose optimizer is there already.
+WRAPPED_AFTERWARDS = ["empirical", "type-2, sum", "mc", "automatic"]
+
 # The examples that two processes use of a batch come first.
 FIRST_OF_BOTH = [0, 1, 4, 5, 2, 3, 6, 7]
 
@@ -75,13 +78,21 @@ def batch(step: int, is_tokens: bool) -> tuple[Tensor, Tensor]:
     return x, torch.randint(0, 3, (8,), generator=generator)
 
 
-def train(model: nn.Module, settings: dict[str, Any], rank: int, size: int) -> KFAC:
+def train(
+    model: nn.Module,
+    settings: dict[str, Any],
+    rank: int,
+    size: int,
+    wrapped_afterwards: bool = False,
+) -> KFAC:
     settings = dict(settings)
     criterion = nn.CrossEntropyLoss(reduction=settings.pop("reduction", "mean"))
     optimizer = KFAC(
         model, criterion=criterion, factor_update_period=2, inverse_update_period=2,
         **{"lr": 0.1, **settings},
     )  # fmt: skip
+    if wrapped_afterwards:
+        model = DistributedDataParallel(model)
     for step in range(4):
         is_tokens = isinstance(getattr(model, "module", model), Tokens)
         x, y = (part.chunk(size)[rank] for part in batch(step, is_tokens))
@@ -108,6 +119,10 @@ def process(rank: int, port: int, folder: Path) -> None:
         optimizer = train(model, settings, rank, RANKS)
         state = {k: v.clone() for k, v in model.module.state_dict().items()}
         found[name] = state, optimizer.factor("head" if name.startswith("tokens") else "3")
+    for name in WRAPPED_AFTERWARDS:
+        model = net()
+        train(model, {"mc": {"fisher": "mc"}, **CASES}[name], rank, RANKS, wrapped_afterwards=True)
+        found[f"{name}, wrapped afterwards"] = model.state_dict()
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -141,6 +156,14 @@ def test_processes_stay_equal_though_each_samples_labels_of_its_own(
     (first, factors), (second, others) = (result["mc"] for result in results)
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert all(map(torch.equal, factors, others))
+
+
+@pytest.mark.promise("`DistributedDataParallel`")
+@pytest.mark.parametrize("name", WRAPPED_AFTERWARDS)
+def test_the_model_may_be_wrapped_afterwards(name: str, results: list[dict[str, Any]]) -> None:
+    before, _ = results[0][name]
+    for after in (result[f"{name}, wrapped afterwards"] for result in results):
+        torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-11)
 
 
 def test_names_are_those_of_the_plain_model(results: list[dict[str, Any]]) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.swa_utils import AveragedModel
 
 from kfac import KFAC, LevenbergMarquardt
 
@@ -111,11 +112,13 @@ def by_hand(
     accumulate: int = 1,
     edit: Edit | None = None,
     autocast: bool = False,
+    average: bool = False,
 ) -> dict[str, Tensor]:
     """The same training as a plain loop."""
     model, criterion = net(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, criterion=criterion, **settings)
     scheduler = CosineAnnealingLR(optimizer, BATCHES * EPOCHS) if settings["lr"] != "auto" else None
+    averaged = AveragedModel(model, use_buffers=True) if average else None
     for _ in range(EPOCHS):
         batches = list(Batches())
         for first in range(0, BATCHES, accumulate):
@@ -133,7 +136,9 @@ def by_hand(
             optimizer.step(closure)
             if scheduler is not None:
                 scheduler.step()
-    return dict(model.state_dict())
+            if averaged is not None:
+                averaged.update_parameters(model)
+    return dict((averaged.module if averaged is not None else model).state_dict())
 
 
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -154,6 +159,7 @@ def test_training_equals_a_plain_loop(
         ("norm", lambda parameters: nn.utils.clip_grad_norm_(parameters, 0.1)),
         ("value", lambda parameters: nn.utils.clip_grad_value_(parameters, 0.1)),
     ],
+    ids=["norm", "value"],
 )
 def test_gradients_are_clipped(algorithm: str, edit: Edit, tmp_path: Path) -> None:
     clipping = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": algorithm}
@@ -202,3 +208,11 @@ def test_the_wrapped_optimizer_reports(tmp_path: Path) -> None:
     module = learner(PLAIN)
     fit(tmp_path, module)
     assert module.optimizers().diagnostics()["steps"] == BATCHES * EPOCHS
+
+
+def test_weights_are_averaged(tmp_path: Path) -> None:
+    pytest.importorskip("lightning", minversion="2.6")
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    found = fit(tmp_path, learner(PLAIN), callbacks=[WeightAveraging()], enable_checkpointing=False)
+    assert_same(found, by_hand(PLAIN, average=True))

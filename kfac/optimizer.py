@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from kfac import checkpoint
 from kfac.arguments import (
     BOOLEAN,
     FRACTION,
@@ -24,7 +23,7 @@ from kfac.arguments import (
 from kfac.automatic import Auto, AutomaticStep, ModelSettings
 from kfac.capture import OutputSelector, PositionMask
 from kfac.directions import Directions
-from kfac.fallback import Fallback, FallbackName, OptimizerFactory, check_fallback
+from kfac.fallback import Fallback, FallbackName, OptimizerFactory
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.grafting import GRAFT, Graft, GraftName
 from kfac.inverse import Inverse, InverseName
@@ -33,6 +32,7 @@ from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled, growing_period, growing_refresh_period
+from kfac.state import Parts
 from kfac.summary import Summary
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
@@ -583,14 +583,10 @@ class KFAC(torch.optim.Optimizer):
         inverses by layer name, seed, counters) and, if there is one, "fallback", and "automatic"
         (λ) where the quadratic model chooses the steps.
         """
-        state_dict = super().state_dict() | {"kfac": self._engine.state_dict()}
-        for group in state_dict["param_groups"]:
+        own = super().state_dict()
+        for group in own["param_groups"]:
             group |= {key: str(value) for key, value in group.items() if isinstance(value, Auto)}
-        if self._fallback is not None:
-            state_dict["fallback"] = self._fallback.state_dict()
-        if self._automatic is not None:
-            state_dict["automatic"] = self._automatic.state_dict()
-        return state_dict
+        return own | self._parts.state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned; a resumed run continues bit for bit.
@@ -598,22 +594,15 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: If the state does not fit this optimizer; the message names the layer.
         """
-        self._engine.check_loadable(state_dict.get("kfac"))
-        check_fallback(self._fallback, state_dict.get("fallback"))
-        if self._automatic is not None:
-            checkpoint.check_complete(
-                state_dict.get("automatic") or {}, self._automatic.state_dict()
-            )
+        self._parts.check_loadable(state_dict)
         super().load_state_dict(
             {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
         )
-        if self._graft is not None:
-            self._graft.load(self.param_groups, self.state, state_dict)
-        self._engine.load_state_dict(state_dict["kfac"])
-        if self._automatic is not None:
-            self._automatic.load_state_dict(state_dict["automatic"])
-        if self._fallback is not None:
-            self._fallback.load_state_dict(state_dict["fallback"])
+        self._parts.load(state_dict, self.param_groups, self.state)
+
+    @property
+    def _parts(self) -> Parts:
+        return Parts(self._engine, self._graft, self._automatic, self._fallback)
 
 
 def _check_automatic(

@@ -53,6 +53,7 @@ ALLOWED = {
     "grafting": {"directions", "update"},
     "objective": {"preconditioner", "quadratic_model"},
     "rewind": {"curvature", "hooks", "preconditioner"},
+    "state": {"automatic", "checkpoint", "fallback", "grafting", "preconditioner"},
     "distributed": NOTHING,
     "kronecker": {"damping", "factors", "layers", "products"},
     "curvature": {

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import Tensor, nn
 
+from kfac.arguments import NON_NEGATIVE_INTEGER, POSITIVE, Constraint
+from kfac.checkpoint import MAPPING, NUMBER, check_entries
 from kfac.fisher_products import FisherProducts
 from kfac.levenberg_marquardt import LevenbergMarquardt, Trial, reduction_ratio
 from kfac.names import unwrapped
@@ -17,6 +19,27 @@ from kfac.preconditioner import Preconditioner
 from kfac.quadratic_model import quadratic_model
 from kfac.rewind import Start
 from kfac.update import all_finite, kl_clip_scale, predicted_change
+
+_DAMPING = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+_LOSSES = Constraint(
+    "two finite numbers in order or None",
+    lambda v: (
+        v is None
+        or (
+            isinstance(v, list | tuple)
+            and len(v) == 2
+            and all(NUMBER.accepts(loss) and math.isfinite(loss) for loss in v)
+            and v[0] <= v[1]
+        )
+    ),
+)
+_STATE = {
+    "damping": _DAMPING,
+    "preconditioner_damping": _DAMPING,
+    "rejected": NON_NEGATIVE_INTEGER,
+    "losses": _LOSSES,
+    "figures": MAPPING,
+}
 
 
 class Auto(str):
@@ -291,8 +314,30 @@ class AutomaticStep:
             "figures": dict(self.figures),
         }
 
+    def check_loadable(self, saved: Any, groups: Sequence[Mapping[str, Any]]) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed; changes nothing.
+
+        Args:
+            saved: What :meth:`state_dict` returned.
+            groups: The parameter groups that were saved with it.
+        """
+        check_entries(saved, "automatic", _STATE)
+        check_entries(saved["figures"], "figures in automatic", dict.fromkeys(self.figures, NUMBER))
+        rule = self._settings.levenberg_marquardt
+        if (saved["damping"] is not None and rule is None) or (
+            saved["damping"] is None and rule is not None and rule.initial is not None
+        ):
+            raise ValueError(
+                f"The state dict has the damping {saved['damping']} in automatic, but this "
+                f"optimizer has {rule}. Construct it with the saved damping."
+            )
+        try:
+            self._settings.at(groups)
+        except RuntimeError as error:
+            raise ValueError(f"The state dict cannot be loaded. {error}") from error
+
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
+        """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
         self.damping, self.rejected = saved["damping"], saved["rejected"]
         self.figures = dict(saved["figures"])
         self.preconditioner_damping = saved["preconditioner_damping"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac import checkpoint
+from kfac.arguments import NON_NEGATIVE_INTEGER
 from kfac.directions import Directions, Stack
 from kfac.distributed.communication import Ranks
 from kfac.example_gradients import Basis
@@ -64,8 +65,8 @@ class Curvature:
         }
         self._slots = {layer.name: slots[layer.block] for layer in layers}
         # Damping that each inverse was made with from the present factors, so that nothing is
-        # inverted twice; None where it makes no difference.
-        self._made_from: dict[str, float | None] = {}
+        # inverted twice; always 1 where it makes no difference.
+        self._made_from: dict[str, float] = {}
         self._vectors: dict[int, tuple[tuple[float, ...], Tensor]] = {}
         self._starts = _starts(list(self.layers.values()))
 
@@ -160,11 +161,12 @@ class Curvature:
         exhausted = []
         probed = self.refresh_tolerance is not None  # and then every layer that is due is counted
         for index, bucket in enumerate(self.buckets):
-            sources = [None if self.inverse.damping_is_live else damping[n] for n in bucket.names]
+            is_live = self.inverse.damping_is_live
+            sources = [1.0 if is_live else float(damping[n]) for n in bucket.names]
             wanted = [
                 i
                 for i, (name, source) in enumerate(zip(bucket.names, sources, strict=True))
-                if (name in due and (probed or self._made_from.get(name, ()) != source))
+                if (name in due and (probed or self._made_from.get(name) != source))
                 or (self._seen[name] and not self.ready[name])
             ]
             wanted = self._stale(index, wanted, damping)
@@ -420,17 +422,30 @@ class Curvature:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Factors and inverses by layer name, and the counters."""
+        """Factors, inverses and what is known of each layer by its name, and the counters."""
+        records: checkpoint.Records = {
+            "ready": self.ready,
+            "seen": self._seen,
+            "failures": self._failures,
+            "made_from": self._made_from,
+        }
         return {
             "inverse": self.inverse.name,
             "counters": dict(self.counters),
-            "layers": checkpoint.layers_to_dict(self._all_buckets, self._all_states, self.ready),
+            "layers": checkpoint.layers_to_dict(self._all_buckets, self._all_states, records),
         }
 
-    def check_loadable(self, saved: Mapping[str, Any]) -> None:
-        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed."""
+    def check_loadable(self, saved: Mapping[str, Any], *, strict: bool) -> None:
+        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed.
+
+        Args:
+            saved: What :meth:`state_dict` returned.
+            strict: Whether it must have the layers of this one, no more and no fewer.
+        """
         checkpoint.check_setting(saved, "inverse", self.inverse.name)
-        checkpoint.check_layers(saved["layers"], self._all_buckets, self._all_states)
+        counts = dict.fromkeys(self.counters, NON_NEGATIVE_INTEGER)
+        checkpoint.check_entries(saved["counters"], "counters in kfac", counts)
+        checkpoint.check_layers(saved["layers"], self._all_buckets, self._all_states, strict=strict)
 
     def adopt(self, other: "Curvature") -> None:
         """Take over the factors and inverses of the layers that are the same in another one."""
@@ -449,19 +464,22 @@ class Curvature:
         self.counters = dict(other.counters)
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed."""
+        """Restore what :meth:`state_dict` returned, once :meth:`check_loadable` has passed.
+
+        Layers that it lacks start anew.
+        """
         self.discard()
         self._load_layers(saved["layers"])
-        # Older states do not have all of them.
-        self.counters = dict.fromkeys(self.counters, 0) | saved["counters"]
+        self.counters = dict(saved["counters"])
 
     def _load_layers(self, layers: Mapping[str, Any]) -> None:
-        ready = checkpoint.load_layers(layers, self._all_buckets, self._all_states)
-        self.ready = {name: ready.get(name, False) for name in self.layers}
-        self._seen = {
-            name: ready or self.has_statistics(name) for name, ready in self.ready.items()
-        }
-        self._made_from.clear()
+        records = checkpoint.load_layers(layers, self._all_buckets, self._all_states)
+        self.ready, self._seen, self._failures = (
+            {name: records[key][name] for name in self.layers}
+            for key in ("ready", "seen", "failures")
+        )
+        made_from = records["made_from"]
+        self._made_from = {n: made_from[n] for n in self.layers if made_from[n] is not None}
 
 
 def _starts(layers: Sequence[Layer]) -> dict[str, float]:

@@ -107,7 +107,8 @@ class Graft:
     ) -> None:
         """Take the averages out of a state dict as they are.
 
-        Torch has cast them to the parameters' dtype, in which they would stand still.
+        Torch has cast them to the parameters' dtype, in which they would stand still where it is
+        narrow.
 
         Args:
             groups: The optimizer's parameter groups.
@@ -118,7 +119,16 @@ class Graft:
             for parameter, index in zip(group["params"], theirs["params"], strict=True):
                 found = saved["state"].get(index, {})
                 for key in {AVERAGE, WEIGHT} & found.keys():
-                    state[parameter][key] = found[key].to(parameter.device, copy=True)
+                    state[parameter][key] = found[key].to(
+                        parameter.device, _dtype(parameter), copy=True
+                    )
+
+    def state_kinds(self, parameter: nn.Parameter) -> dict[str, tuple[torch.Size, torch.dtype]]:
+        """Shapes and dtypes of what it may keep in a parameter's state, by key."""
+        if self.name != "adam":
+            return {}
+        dtype = _dtype(parameter)
+        return {AVERAGE: (parameter.shape, dtype), WEIGHT: (torch.Size(), dtype)}
 
     def memory(self, parameters: Collection[nn.Parameter]) -> int:
         """Bytes of the state of some parameters."""

@@ -580,29 +580,41 @@ class KFAC(torch.optim.Optimizer):
         """State of the optimizer, loadable by ``torch.load(weights_only=True)``.
 
         Besides torch's "state" and "param_groups": "kfac" (factors in their own dtype and
-        inverses by layer name, seed, counters) and, if there is one, "fallback", and "automatic"
-        (λ) where the quadratic model chooses the steps.
+        inverses by layer name, seed, counters), "update" (what the former holds) and, if there is
+        one, "fallback", and "automatic" (λ) where the quadratic model chooses the steps.
         """
         own = super().state_dict()
         for group in own["param_groups"]:
             group |= {key: str(value) for key, value in group.items() if isinstance(value, Auto)}
-        return own | self._parts.state_dict()
+        return own | self._parts.state_dict(own["state"], float(self._kl_clip_scale))
 
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Restore what :meth:`state_dict` returned; a resumed run continues bit for bit.
 
+        Tensors take the dtype and the device that they have here, and statistics of an unfinished
+        step are dropped.
+
+        Args:
+            state_dict: The state, of this version of the format or an older one.
+            strict: Whether the same layers, and the same parameters of the fallback, have to be on
+                both sides. If not, what both have is loaded, and the rest starts anew; parameters
+                and groups have to be the same in any case.
+
         Raises:
-            ValueError: If the state does not fit this optimizer; the message names the layer.
+            ValueError: If the state does not fit this optimizer or is damaged; the message names
+                the layer, parameter or entry, and nothing has changed.
         """
-        self._parts.check_loadable(state_dict)
-        super().load_state_dict(
-            {"state": state_dict["state"], "param_groups": state_dict["param_groups"]}
-        )
-        self._parts.load(state_dict, self.param_groups, self.state)
+        saved = self._parts.checked(state_dict, strict=strict)
+        self._parts.load(saved, self)
+        scale = saved["update"]["kl_clip_scale"]
+        self._kl_clip_scale = torch.tensor(scale, dtype=torch.float64)
 
     @property
     def _parts(self) -> Parts:
-        return Parts(self._engine, self._graft, self._automatic, self._fallback)
+        settings = _GROUP_CONSTRAINTS | {"damping": POSITIVE}
+        return Parts(
+            self.param_groups, settings, self._engine, self._graft, self._automatic, self._fallback
+        )
 
 
 def _check_automatic(

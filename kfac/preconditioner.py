@@ -11,6 +11,7 @@ from kfac.arguments import (
     BOOLEAN,
     FRACTION,
     INTEGER,
+    NON_NEGATIVE_INTEGER,
     POSITIVE,
     POSITIVE_INTEGER,
     UNIT_INTERVAL,
@@ -60,6 +61,16 @@ _GRAD_SCALER = Constraint(
     lambda v: v is None or (hasattr(v, "get_scale") and hasattr(v, "is_enabled")),
 )
 _TOLERANCE = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+
+
+_COUNTS = {
+    "captures_next": BOOLEAN,
+    **dict.fromkeys(
+        ("steps", "burned_in", "dropped_statistics", "nonfinite_batches"), NON_NEGATIVE_INTEGER
+    ),
+}
+_NO_SEED = Constraint("None with this fisher", lambda v: v is None)
+_STATE_KEYS = ("version", "fisher", "seed", "inverse", "counters", "layers", *_COUNTS)
 
 
 class StepPlan(NamedTuple):
@@ -136,11 +147,6 @@ class Preconditioner:
     Source:
         Martens & Grosse 2015; Grosse & Martens 2016; Eschenhagen et al. 2023.
     """
-
-    _STATE_KEYS = (
-        "version", "fisher", "steps", "dropped_statistics", "nonfinite_batches", "seed", "inverse",
-        "counters", "layers",
-    )  # fmt: skip
 
     def __init__(
         self,
@@ -544,36 +550,59 @@ class Preconditioner:
             "fisher": self.fisher,
             "steps": self.steps,
             "burned_in": self.burned_in,
+            "captures_next": self.capture.active,
             "dropped_statistics": int(self._dropped),
             "nonfinite_batches": int(self._nonfinite),
             "seed": None if self._vectors is None else self._vectors.seed,
             **self.blocks.state_dict(),
         }
 
-    def check_loadable(self, state_dict: Mapping[str, Any] | None) -> None:
-        """Raise ``ValueError`` unless :meth:`load_state_dict` would succeed; changes nothing."""
-        state_dict = checkpoint.checked_version(state_dict)
-        checkpoint.check_complete(state_dict, self._STATE_KEYS)
-        checkpoint.check_setting(state_dict, "fisher", self.fisher)
-        self.blocks.check_loadable(state_dict)
-
-    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state_dict: Mapping[str, Any], *, strict: bool = True) -> None:
         """Restore what :meth:`state_dict` returned; statistics of an unfinished step are dropped.
 
+        Tensors take the dtype and the device that they have here.
+
+        Args:
+            state_dict: The state, of this version of the format or an older one.
+            strict: Whether the same layers have to be on both sides. If not, the layers that both
+                have are loaded, and the others start anew.
+
         Raises:
-            ValueError: If the state does not fit this model or these settings; nothing is changed.
+            ValueError: If the state does not fit this model or these settings, or is damaged; the
+                message says what and where, and nothing has changed.
         """
-        self.check_loadable(state_dict)
-        self.blocks.load_state_dict(state_dict)
+        self.load_checked(self.checked_state(state_dict, strict=strict))
+
+    def checked_state(self, state_dict: Any, *, strict: bool) -> Mapping[str, Any]:
+        """Return the state in the present format if it can be loaded; changes nothing.
+
+        Raises:
+            ValueError: As :meth:`load_state_dict`.
+        """
+        saved = checkpoint.checked_version(state_dict)
+        checkpoint.check_keys(saved, "kfac", _STATE_KEYS)
+        checkpoint.check_setting(saved, "fisher", self.fisher)
+        for key, constraint in _COUNTS.items():
+            checkpoint.check_value(saved[key], f"{key} in kfac", constraint)
+        seed = _NO_SEED if self._vectors is None else INTEGER
+        checkpoint.check_value(saved["seed"], "seed in kfac", seed)
+        self.blocks.check_loadable(saved, strict=strict)
+        self._factors_due(saved["steps"])  # the schedule may refuse
+        return saved
+
+    def load_checked(self, saved: Mapping[str, Any]) -> None:
+        """Load what :meth:`checked_state` returned."""
+        is_new = not self.blocks.layers.keys() <= saved["layers"].keys()
+        self.blocks.load_state_dict(saved)
         if self._vectors is not None:
-            self._vectors.seed = state_dict["seed"]
-        self.steps = state_dict["steps"]
-        self.burned_in = state_dict.get("burned_in", 0)  # older states do not have it
+            self._vectors.seed = saved["seed"]
+        self.steps = saved["steps"]
+        self.burned_in = saved["burned_in"]
         self.capture.end_step(self._turn)
-        self._dropped.fill_(state_dict["dropped_statistics"])
-        self._nonfinite.fill_(state_dict["nonfinite_batches"])
-        due = self._factors_due(self.steps)
-        self.capture.schedule(active=due or self.blocks.is_waiting)
+        self._dropped.fill_(saved["dropped_statistics"])
+        self._nonfinite.fill_(saved["nonfinite_batches"])
+        due = self._factors_due(self.steps) or saved["captures_next"]
+        self.capture.schedule(active=due or is_new or self.blocks.is_waiting)
 
 
 def _without_second_moments() -> str:

@@ -22,7 +22,7 @@ ALLOWED = {
     "layers": {"covariance", "example_gradients", "factors"},
     "inverse": {"damping", "factors", "products"},
     "checkpoint": {"factors"},
-    "fallback": NOTHING,
+    "fallback": {"checkpoint"},
     "statistics": {"example_gradients", "layers", "recorder"},
     "ties": {"layers"},
     "param_groups": {"layers", "names", "ties"},
@@ -53,7 +53,7 @@ ALLOWED = {
     "grafting": {"directions", "update"},
     "objective": {"preconditioner", "quadratic_model"},
     "rewind": {"curvature", "hooks", "preconditioner"},
-    "state": {"automatic", "checkpoint", "fallback", "grafting", "preconditioner"},
+    "state": {"automatic", "checkpoint", "fallback", "grafting", "names", "preconditioner"},
     "distributed": NOTHING,
     "kronecker": {"damping", "factors", "layers", "products"},
     "curvature": {

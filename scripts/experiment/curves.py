@@ -6,6 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 
 from experiment.metrics import Row
+from experiment.whole_files import replacing
 
 COLORS = ("#0b6fa4", "#d1651a", "#4d8b31", "#8a4f9e")
 
@@ -35,4 +36,5 @@ def draw_curves(path: Path, runs: Mapping[str, Sequence[Row]], target: float | N
     axes[1][0].set_ylabel("test accuracy (%)")
     axes[0][0].legend(frameon=False)
     axes[1][0].legend(frameon=False, loc="lower right")
-    figure.savefig(path, dpi=120)
+    with replacing(path) as file:
+        figure.savefig(file, format="png", dpi=120)

@@ -1,6 +1,7 @@
 """Numbers of a run: sums over batches, rows over time, where they are written."""
 
 import csv
+import io
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from experiment.processes import Processes
+from experiment.whole_files import replacing
 
 
 class Means(NamedTuple):
@@ -55,6 +57,8 @@ class Row:
 
 
 COLUMNS = [field.name for field in fields(Row)]
+TIMES = {"seconds", "images_per_second"}
+"""Columns in which equal runs differ."""
 
 
 def best_accuracy(rows: Sequence[Row]) -> float:
@@ -74,11 +78,12 @@ class MetricsLog:
             shutil.rmtree(directory / "tensorboard", ignore_errors=True)
         purge_step = rows[-1].step + 1 if rows else None
         self.board = SummaryWriter(directory / "tensorboard", purge_step=purge_step)
-        self.file = (directory / "metrics.csv").open("w", newline="", encoding="utf-8")
+        table = io.StringIO(newline="")
+        csv.writer(table).writerows([COLUMNS, *map(astuple, rows)])
+        with replacing(directory / "metrics.csv") as whole:
+            whole.write(table.getvalue().encode())
+        self.file = (directory / "metrics.csv").open("a", newline="", encoding="utf-8")
         self.writer = csv.writer(self.file)
-        self.writer.writerow(COLUMNS)
-        self.writer.writerows(astuple(row) for row in rows)
-        self.file.flush()
 
     def append(self, row: Row, diagnostics: Mapping[str, object]) -> None:
         self.writer.writerow(astuple(row))

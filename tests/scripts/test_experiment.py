@@ -7,11 +7,13 @@ import pytest
 import torch
 
 from experiment.checkpoints import load_checkpoint, save_checkpoint
+from experiment.equality import differences
 from experiment.errors import RunError
 from experiment.metrics import Row, Tally, first_reaching, write_table
 from experiment.processes import choose_device
 from experiment.random_states import random_states, restore_random_states, seed_everything
 from experiment.schedules import ConstantSchedule, CosineSchedule, StepSchedule, factor
+from experiment.whole_files import replacing
 
 
 def draw() -> tuple[float, float, float]:
@@ -91,3 +93,43 @@ def test_devices_that_are_not_there_are_refused() -> None:
     if not torch.cuda.is_available():
         with pytest.raises(RunError, match="device cuda is not available here"):
             choose_device("cuda")
+
+
+def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    for content in (b"old", b"new"):
+        with replacing(path) as file:
+            file.write(content)
+            assert not path.exists() or path.read_bytes() == b"old"
+        assert path.read_bytes() == content
+    with pytest.raises(KeyboardInterrupt):
+        write_half(path)
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def write_half(path: Path) -> None:
+    with replacing(path) as file:
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ({"a": [1.0]}, {"a": [1.0]}, []),
+        ({"a": [0.0]}, {"a": [-0.0]}, ["run.a.0"]),
+        ({"a": float("nan")}, {"a": float("nan")}, []),
+        ({"a": torch.tensor([0.0])}, {"a": torch.tensor([-0.0])}, ["run.a"]),
+        ({"a": torch.tensor(1.0)}, {"a": torch.tensor(1.0)}, []),
+        ({"a": torch.tensor(1.0)}, {"a": torch.tensor(1.0, dtype=torch.float64)}, ["run.a"]),
+        ({"a": torch.tensor([1])}, {"a": 1}, ["run.a"]),
+        ({"a": [1]}, {"a": [1, 2]}, ["run.a: 1 and 2 entries"]),
+        ({"a": 1}, {"b": 1}, ["run: other keys"]),
+        ({"seconds": 1.0, "step": 1}, {"seconds": 2.0, "step": 1}, []),
+    ],
+)
+def test_differences_are_found_to_the_last_bit(
+    one: object, other: object, found: list[str]
+) -> None:
+    assert differences("run", one, other, {"seconds"}) == found

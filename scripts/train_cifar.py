@@ -50,23 +50,29 @@ def run_training(options: argparse.Namespace) -> None:
     state = load_checkpoint(checkpoint) if checkpoint else None
     with join_processes(settings.device) as processes:
         run = Run(settings, processes, directory, options.config.stem)
-        if state is not None:
-            run.load_state_dict(state)
+        if checkpoint and state is not None:
+            run.load_state_dict(state, checkpoint)
         if processes.is_main:
+            if options.resume is not None and checkpoint is None:
+                print(f"No checkpoint in {directory} yet: from the first step.")
             print(run.describe(), flush=True)
         train(run)
 
 
 def choose_paths(options: argparse.Namespace) -> tuple[Path, Path | None]:
-    """The output folder, and the checkpoint to continue from."""
+    """The output folder, and the checkpoint to continue from.
+
+    A run that was killed before its first checkpoint is resumed like any other: anew.
+    """
     directory: Path = options.output_dir or Path("runs", options.config.stem)
     if options.resume:
-        checkpoint = Path(options.resume)
-        beside = checkpoint if checkpoint.is_dir() else checkpoint.parent
-        return options.output_dir or beside, checkpoint
+        given = Path(options.resume)
+        checkpoint = given / LATEST if given.is_dir() else given
+        return options.output_dir or checkpoint.parent, checkpoint
+    latest = directory / LATEST
     if options.resume is not None:
-        return directory, directory
-    if (directory / LATEST).exists() and not options.overwrite:
+        return directory, latest if latest.exists() else None
+    if latest.exists() and not options.overwrite:
         raise RunError(
             f"{directory} holds a run already: continue it with --resume, replace it with "
             f"--overwrite, or choose another --output-dir."
@@ -88,7 +94,8 @@ def parser() -> argparse.ArgumentParser:
         nargs="?",
         const="",
         type=checkpoint_path,
-        help="continue from a checkpoint or a run's folder; without PATH from the output folder",
+        help="continue from a checkpoint or a run's folder; without PATH from the output folder, "
+        "or anew if it has no checkpoint yet",
     )
     add("--overwrite", action="store_true", help="replace the run in the output folder")
     return parser

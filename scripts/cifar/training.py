@@ -3,7 +3,6 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,15 @@ from experiment.checkpoints import BEST, LATEST, save_checkpoint
 from experiment.curves import draw_curves
 from experiment.metrics import Means, MetricsLog, Row, Tally, best_accuracy
 from experiment.progress import Progress
+from experiment.whole_files import partial_files
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def train(run: Run) -> list[Row]:
     """Train to the end, or to `stop_at_accuracy`; returns a row per evaluation."""
-    if run.step == 0 and run.processes.is_main:
-        (run.directory / LATEST).unlink(missing_ok=True)
+    if run.processes.is_main:
+        bring_folder_to(run)
     evaluations = stops(run, run.settings.evaluations_per_epoch)
     checkpoints = stops(run, run.settings.checkpoints_per_epoch)
     with reporting(run) as (progress, log):
@@ -35,6 +35,22 @@ def train(run: Run) -> list[Row]:
             if stop in checkpoints or accurate_enough(run):
                 save_latest(run)
     return run.rows
+
+
+def bring_folder_to(run: Run) -> None:
+    """Remove or replace what an earlier run, or a later part of this one, has left.
+
+    `latest.pt` alone says how far a run has come; metrics and curves are written from it too.
+    """
+    if run.step == 0:
+        (run.directory / LATEST).unlink(missing_ok=True)
+    for path in partial_files(run.directory):
+        path.unlink()
+    if run.best:
+        run.directory.mkdir(parents=True, exist_ok=True)
+        save_best(run)
+    else:
+        (run.directory / BEST).unlink(missing_ok=True)
 
 
 def stops(run: Run, times_per_epoch: int) -> set[int]:
@@ -80,13 +96,11 @@ def autocast(run: Run) -> torch.autocast:
 def evaluate(run: Run, progress: Progress, log: MetricsLog | None) -> None:
     """Add a row; keep the weights if they are the best so far."""
     row = measure(run)
-    improved = row.test_accuracy > best_accuracy(run.rows)
-    run.rows.append(row)
-    run.tally = Tally(run.processes.device)
+    run.add_row(row)
     progress.evaluated(row)
     if log is not None:
         log.append(row, getattr(run.optimizer, "diagnostics", dict)())
-        if improved:
+        if run.best["row"]["step"] == row.step:
             save_best(run)
 
 
@@ -128,9 +142,8 @@ def save_latest(run: Run) -> None:
 
 
 def save_best(run: Run) -> None:
-    """The weights alone: to use, not to continue from."""
-    content = {"settings": run.settings.model_dump(), "row": asdict(run.rows[-1])}
-    save_checkpoint(run.directory / BEST, content | {"model": run.plain_model.state_dict()})
+    settings = run.settings.model_dump()
+    save_checkpoint(run.directory / BEST, {"settings": settings} | run.best)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def test_random_states_survive_a_checkpoint(tmp_path: Path) -> None:
     save_checkpoint(tmp_path / "latest.pt", {"optimizer": {}, "states": random_states()})
     expected = draw()
     seed_everything(1)
-    restore_random_states(load_checkpoint(tmp_path)["states"])
+    restore_random_states(load_checkpoint(tmp_path / "latest.pt")["states"])
     assert draw() == expected
 
 
@@ -48,14 +48,14 @@ def test_a_crash_while_saving_leaves_the_checkpoint_whole(tmp_path: Path) -> Non
     save_checkpoint(tmp_path / "latest.pt", {"optimizer": {}, "step": 1})
     with pytest.raises((AttributeError, TypeError, Exception), match="pickle"):
         save_checkpoint(tmp_path / "latest.pt", {"optimizer": {}, "step": lambda: None})
-    assert load_checkpoint(tmp_path)["step"] == 1
+    assert load_checkpoint(tmp_path / "latest.pt")["step"] == 1
 
 
 def test_unusable_checkpoints_are_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"No checkpoint at .*latest\.pt; leave --resume out"):
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path / "latest.pt")
     (tmp_path / "noise.pt").write_bytes(b"noise")
-    with pytest.raises(RunError, match=r"noise\.pt is not a readable checkpoint"):
+    with pytest.raises(RunError, match=r"noise\.pt is damaged, or was not written by this version"):
         load_checkpoint(tmp_path / "noise.pt")
     save_checkpoint(tmp_path / "best.pt", {"model": {}})
     with pytest.raises(RunError, match=r"best\.pt holds no training state; resume from .*latest"):

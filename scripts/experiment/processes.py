@@ -80,7 +80,9 @@ def join_processes(device_name: str) -> Iterator[Processes]:
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
     """`auto` is the accelerator if there is one, else the CPU; `cuda` is this process's own GPU."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    accelerator = None
+    if torch.accelerator.is_available():
+        accelerator = torch.accelerator.current_accelerator()
     if name == "auto":
         name = accelerator.type if accelerator else "cpu"
     try:

@@ -95,7 +95,8 @@ def descend(
     parameters, directions = list(parameters), list(directions)
     first = parameters[0]
     share = accept.to(first)
-    rate = share * torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
+    rate = torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
+    rate = torch.where(share > 0, rate, torch.zeros_like(rate))  # zero times infinity is not zero
     if maximize:
         torch._foreach_neg_(directions)
     if weight_decay:

@@ -1,7 +1,8 @@
 """The one form in which a bad argument is reported: owner, argument, constraint, value, remedy."""
 
+import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
@@ -31,6 +32,12 @@ def check(
         raise argument_error(owner, argument, constraint.text, value, remedy)
 
 
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """A question after the choice that a misspelt name is nearest to; empty if none is near."""
+    found = difflib.get_close_matches(name, list(choices), n=1)
+    return f"Did you mean {found[0]!r}?" if found else ""
+
+
 def one_of(choices: Sequence[object]) -> Constraint:
     """Membership in a short list of values."""
     return Constraint(
@@ -40,7 +47,9 @@ def one_of(choices: Sequence[object]) -> Constraint:
 
 
 def _is_real(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    # The exact type is looked at first since groups are checked at every step.
+    is_number = type(value) is float or (isinstance(value, Real) and not isinstance(value, bool))
+    return is_number and math.isfinite(value)  # type: ignore[arg-type]
 
 
 def _is_integer(value: object) -> bool:

@@ -86,10 +86,10 @@ class ModelSettings:
 def _held_by_all(groups: Sequence[Mapping[str, Any]], key: str) -> float | None:
     """The value that all groups hold, None for "auto"."""
     held = [None if isinstance(group[key], str) else float(group[key]) for group in groups]
-    if any(value != held[0] or not math.isfinite(value or 0.0) for value in held):
+    if any(value != held[0] for value in held):
         raise RuntimeError(
             "A step that a quadratic model chooses is the same for all groups, but their "
-            f"{key} is {held}. Give all of them the same finite {key}."
+            f"{key} is {held}. Give all of them the same {key}."
         )
     return held[0]
 

@@ -1,6 +1,5 @@
 """The optimizer: K-FAC's preconditioned gradients, trust region, momentum and weight decay."""
 
-import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
@@ -10,12 +9,9 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from kfac.arguments import (
-    BOOLEAN,
     FRACTION,
-    NON_NEGATIVE,
     NON_NEGATIVE_INTEGER,
     POSITIVE,
-    UNIT_INTERVAL,
     Constraint,
     argument_error,
     check,
@@ -26,37 +22,34 @@ from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.grafting import GRAFT, Graft, GraftName
+from kfac.group_settings import (
+    check_added,
+    check_in_use,
+    check_same,
+    refuse_unknown,
+    with_usable_rates,
+)
 from kfac.inverse import Inverse, InverseName
 from kfac.kronecker import CurvatureBlocks
 from kfac.levenberg_marquardt import LevenbergMarquardt
-from kfac.param_groups import SharingRule, Skip
+from kfac.param_groups import (
+    SharingRule,
+    Skip,
+    entries,
+    members_of,
+    refuse_twice,
+    unnamed,
+)
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled, growing_period, growing_refresh_period
 from kfac.state import Parts
 from kfac.summary import Summary
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
-_LR = Constraint(
-    "a finite number >= 0, a tensor with one such element or 'auto'",
-    lambda v: (
-        v == "auto"
-        if isinstance(v, str)
-        else NON_NEGATIVE.accepts(v.item() if isinstance(v, Tensor) and v.numel() == 1 else v)
-    ),
-)
-_MOMENTUM = Constraint(
-    "a number in [0, 1) or 'auto'",
-    lambda v: v == "auto" if isinstance(v, str) else UNIT_INTERVAL.accepts(v),
+_CLOSURE = Constraint(
+    "a function that returns the loss or None", lambda v: v is None or callable(v)
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
-_GROUP_CONSTRAINTS = {
-    "lr": _LR,
-    "momentum": _MOMENTUM,
-    "nesterov": BOOLEAN,
-    "weight_decay": NON_NEGATIVE,
-    "maximize": BOOLEAN,
-}
-_GROUP_KEYS = {"params", "param_names", "damping", "initial_lr", *_GROUP_CONSTRAINTS}
 
 
 class KFAC(torch.optim.Optimizer):
@@ -193,7 +186,7 @@ class KFAC(torch.optim.Optimizer):
         }
         self._constructed = False
         self._damping_schedules: list[Scheduled[float]] = []
-        super().__init__(model.parameters() if params is None else params, defaults)
+        super().__init__(entries("KFAC", model, params), defaults)
         self.defaults["damping"] = Scheduled("KFAC", "damping", damping, POSITIVE).at(0)
         self._engine = Preconditioner(
             model,
@@ -248,21 +241,16 @@ class KFAC(torch.optim.Optimizer):
             ValueError: If a setting of the group violates its constraint or cannot be set per
                 group; nothing has changed then.
         """
-        not_per_group = (_ARGUMENTS - _GROUP_KEYS) & param_group.keys()
-        for key in not_per_group:
-            settable = ", ".join(sorted(_GROUP_CONSTRAINTS | {"damping": None}))
-            raise argument_error(
-                "KFAC", "params", f"groups that set only {settable}", f"{key!r} in a group"
-            )
+        refuse_unknown(param_group)
+        param_group["params"] = members_of("KFAC", param_group)
+        others = [p for group in self.param_groups for p in group["params"]]
+        refuse_twice("KFAC", others + unnamed(param_group["params"]))
         settings = self.defaults | param_group
-        for key, constraint in _GROUP_CONSTRAINTS.items():
-            check("KFAC", key, settings[key], constraint)
-            param_group[key] = _plain(settings[key])
+        check_added(settings)
         if self._is_automatic:
-            self._check_same_in_all_groups(settings)
-        if settings["nesterov"] and settings["momentum"] == 0:
-            raise argument_error("KFAC", "nesterov", "False without momentum", True)
+            check_same(settings, self.defaults)
         schedule = Scheduled("KFAC", "damping", settings["damping"], POSITIVE)
+        param_group |= {k: _plain(settings[k]) for k in self.defaults if k != "damping"}
         # Schedules stay out of the groups, whose values go into checkpoints.
         param_group["damping"] = _plain(schedule.at(self._engine.steps if self._constructed else 0))
         super().add_param_group(param_group)
@@ -274,16 +262,6 @@ class KFAC(torch.optim.Optimizer):
                 self.param_groups.pop()
                 self._damping_schedules.pop()
                 raise
-
-    def _check_same_in_all_groups(self, settings: Mapping[str, Any]) -> None:
-        """The quadratic model has one coefficient for all parameters, and one λ."""
-        for key in ("lr", "momentum", "nesterov", "maximize", "damping"):
-            if settings[key] != self.defaults[key]:
-                raise argument_error(
-                    "KFAC", "params", f"groups with {key}={self.defaults[key]!r}", settings[key],
-                    "A step that a quadratic model chooses is the same for all groups; they may "
-                    "differ in weight_decay.",
-                )  # fmt: skip
 
     def update_layers(self) -> None:
         """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.
@@ -327,6 +305,8 @@ class KFAC(torch.optim.Optimizer):
                 changed then), or if a layer's factors could not be decomposed too many times in a
                 row (the factors have changed, the parameters have not).
         """
+        check("KFAC.step", "closure", closure, _CLOSURE, "Call loss.backward(), then step().")
+        check_in_use(self.param_groups, is_automatic=self._is_automatic)
         if self._automatic is not None and (closure is None or not self._is_burning_in):
             return self._take_automatic_step(self._automatic, closure)
         engine = self._engine
@@ -369,6 +349,7 @@ class KFAC(torch.optim.Optimizer):
         # Where nothing is folded in, it is enough to look at what becomes of the gradients.
         accept = all_finite(list(gradients.values()) if engine.capture.active else [])
         accept = accept.to(engine.params[0].device)
+        accept = with_usable_rates(accept, self.param_groups)
         engine.update_factors(accept, scale_seen)
         if self._is_burning_in:
             engine.advance_burn_in(accept)
@@ -424,7 +405,6 @@ class KFAC(torch.optim.Optimizer):
         for group, schedule in zip(self.param_groups, self._damping_schedules, strict=True):
             if not schedule.is_constant:
                 group["damping"] = _plain(schedule.at(self._engine.steps))
-            check("KFAC", "damping", group["damping"], POSITIVE, "(edited in a parameter group)")
             by_parameter |= {id(p): group["damping"] for p in group["params"]}
         return {
             layer.name: by_parameter[id(layer.weight.parameter)] for layer in self._engine.layers
@@ -659,6 +639,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, bool | Tensor) or callable(value):
         return value
     return float(value)
-
-
-_ARGUMENTS = set(inspect.signature(KFAC.__init__).parameters) - {"self", "model"}

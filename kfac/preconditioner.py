@@ -47,6 +47,7 @@ from kfac.param_groups import (
     Skip,
     checked_params,
     find_layers,
+    refuse_strangers,
 )
 from kfac.schedules import Scheduled
 from kfac.summary import Summary, summarize
@@ -232,6 +233,7 @@ class Preconditioner:
             "identity_g": self.fisher == "forward-only",
         }
         self.params = self._checked_params(params)
+        refuse_strangers(owner, model, self.params)
         self.layers, self._reasons = find_layers(model, self.params, **self._finding)
         self.blocks = Curvature(self.layers, self.inverse, refresh_tolerance)
         self.steps = 0
@@ -271,8 +273,7 @@ class Preconditioner:
             self._vectors.rank = self.ranks.rank
 
     def _checked_params(self, params: Sequence[nn.Parameter] | None) -> list[nn.Parameter]:
-        owner = self._finding["owner"]
-        return checked_params(owner, self.model.parameters() if params is None else params)
+        return checked_params(self._finding["owner"], self.model, params)
 
     def _watch(self) -> Capture:
         """Put the hooks for the present layers on the model."""

@@ -200,16 +200,15 @@ def test_what_is_given_may_follow_a_schedule() -> None:
     check_schedule()
 
 
-@pytest.mark.parametrize("value", [math.nan, 0.1])
-def test_groups_that_do_not_make_a_single_step_are_refused(value: float) -> None:
+def test_groups_that_do_not_make_a_single_step_are_refused() -> None:
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     problem = Problem(model)
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters()}]
     optimizer = KFAC(model, groups, lr=0.2, momentum="auto", criterion=problem.criterion)
     problem.train(optimizer, 1)
     before = values(model)
-    optimizer.param_groups[1]["lr"] = value
-    with pytest.raises(RuntimeError, match="Give all of them the same finite lr"):
+    optimizer.param_groups[1]["lr"] = 0.1
+    with pytest.raises(RuntimeError, match="Give all of them the same lr"):
         problem.train(optimizer, 1)
     assert_equal(values(model), before)
 

@@ -179,7 +179,6 @@ def test_a_large_vocabulary_needs_no_square_factor() -> None:
     [
         ({"mode": "max"}, 'mode="max" is not linear'),
         ({"scale_grad_by_freq": True}, "scale_grad_by_freq"),
-        ({"sparse": True}, "sparse=True"),
     ],
 )
 def test_bags_that_are_no_linear_layer_go_to_the_fallback(

@@ -1,0 +1,394 @@
+"""What cannot work is reported before a step changes anything, with what to do about it."""
+
+import copy
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from kfac import KFAC, LevenbergMarquardt, Preconditioner
+
+NAN, INF = float("nan"), float("inf")
+X, Y = torch.randn(8, 4), torch.randint(3, (8,))
+
+
+def net() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3), nn.PReLU())
+
+
+def train(model: nn.Module, optimizer: Any, steps: int = 1, x: Tensor = X, y: Tensor = Y) -> None:
+    criterion = nn.CrossEntropyLoss()
+    for _ in range(steps):
+        optimizer.zero_grad()
+        criterion(model(x), y).backward()
+        optimizer.step()
+
+
+def everything(model: nn.Module, optimizer: Any) -> dict[str, Any]:
+    """Parameters, buffers and the optimizer's whole state, copied."""
+    return copy.deepcopy({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+
+
+def assert_same(mine: Any, theirs: Any) -> None:
+    assert type(mine) is type(theirs)
+    if isinstance(mine, dict):
+        assert mine.keys() == theirs.keys()
+        for key in mine:
+            assert_same(mine[key], theirs[key])
+    elif isinstance(mine, list | tuple):
+        assert len(mine) == len(theirs)
+        for a, b in zip(mine, theirs, strict=True):
+            assert_same(a, b)
+    elif isinstance(mine, Tensor):
+        assert torch.equal(mine, theirs)
+    else:
+        assert mine == theirs
+
+
+# --- settings that are edited in a group ----------------------------------------------------------
+
+EDITS: list[tuple[str, Any]] = [
+    *[("lr", value) for value in (NAN, INF, -0.1, "0.1", None, [0.1], True, "auto")],
+    *[("lr", torch.tensor(value)) for value in (NAN, -1.0, [0.1, 0.1], True, 1j)],
+    *[("momentum", value) for value in (NAN, 1.0, -0.1, "0.9", None, True, "auto")],
+    *[("weight_decay", value) for value in (NAN, INF, -1e-4, "0", None, True)],
+    *[("damping", value) for value in (NAN, INF, 0.0, -1.0, "auto", None, True)],
+    *[("nesterov", value) for value in (1, None, "yes", NAN)],
+    *[("maximize", value) for value in (1, None, "yes", NAN)],
+]
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+@pytest.mark.parametrize(("key", "value"), EDITS, ids=[f"{k}={v!r}" for k, v in EDITS])
+def test_a_bad_edit_of_a_group_is_refused_and_changes_nothing(key: str, value: Any) -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1, fisher="empirical", factor_update_period=2)
+    train(model, optimizer, steps=2)
+    model(X).square().mean().backward()
+    good = optimizer.param_groups[0][key]
+    before = everything(model, optimizer)
+    optimizer.param_groups[0][key] = value
+    with pytest.raises(ValueError, match=rf"KFAC\({key}=\.\.\.\) must be .*, but got") as info:
+        optimizer.step()
+    assert str(info.value).rstrip().endswith(("set it right there.", "pass it to KFAC."))
+    optimizer.param_groups[0][key] = good
+    assert_same(everything(model, optimizer), before)
+    optimizer.step()
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+@pytest.mark.parametrize(
+    "edit", [{"nesterov": True}, {"maximize": True}, {"lr": NAN}, {"momentum": "0.9"}]
+)
+def test_a_bad_edit_of_a_group_with_automatic_steps_comes_before_the_closure(
+    edit: dict[str, Any],
+) -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    optimizer = KFAC(model, lr="auto", damping=LevenbergMarquardt(), criterion=criterion)
+    optimizer.param_groups[0].update(edit)
+    with pytest.raises(ValueError, match=rf"KFAC\({next(iter(edit))}=\.\.\.\) must be"):
+        optimizer.step(lambda: pytest.fail("the closure was called"))
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+def test_a_deleted_setting_is_refused() -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1)
+    del optimizer.param_groups[0]["weight_decay"]
+    with pytest.raises(ValueError, match=r"weight_decay=\.\.\.\) must be .* but got None"):
+        train(model, optimizer)
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+def test_nesterov_without_momentum_is_refused_when_it_is_edited_too() -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1, nesterov=True)
+    optimizer.param_groups[0]["momentum"] = 0.0
+    with pytest.raises(ValueError, match="nesterov"):
+        train(model, optimizer)
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+@pytest.mark.parametrize("lr", [0.0, torch.tensor(0.0), 0, torch.tensor(0.1), torch.tensor([0.1])])
+def test_zero_and_tensors_are_learning_rates(lr: Any) -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1, kl_clip=None)
+    train(model, optimizer)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"] = lr
+    train(model, optimizer)
+    moved = [not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True)]
+    assert any(moved) is (float(lr) > 0)
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+@pytest.mark.parametrize("kl_clip", [None, 1e-3])
+@pytest.mark.parametrize("value", [NAN, INF, -INF, -0.1])
+def test_a_bad_rate_that_is_not_read_makes_a_step_that_is_not_taken(
+    value: float, kl_clip: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on an accelerator, where reading it would wait for the device."""
+    monkeypatch.setattr("kfac.optimizer.check_in_use", lambda *_, **__: None)
+    model = net()
+    optimizer = KFAC(model, lr=0.1, kl_clip=kl_clip, weight_decay=0.1)
+    train(model, optimizer, steps=2)
+    before = everything(model, optimizer)
+    optimizer.param_groups[0]["lr"] = torch.tensor(value)
+    train(model, optimizer)
+    after = everything(model, optimizer)
+    assert_same(after["model"], before["model"])
+    assert_same(after["optimizer"]["state"], before["optimizer"]["state"])
+    assert optimizer.diagnostics()["nonfinite_batches"] == 1
+
+
+@pytest.mark.promise("settings edited in `param_groups`")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_rate_on_the_gpu_is_not_waited_for() -> None:
+    model, x, y = net().cuda(), X.cuda(), Y.cuda()
+    optimizer = KFAC(model, lr=torch.tensor(0.1, device="cuda"), factor_update_period=100)
+    train(model, optimizer, x=x, y=y)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.param_groups[0]["lr"].fill_(NAN)
+    nn.functional.cross_entropy(model(x), y).backward()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.promise("keys of parameter groups")
+@pytest.mark.parametrize("added_later", [False, True])
+@pytest.mark.parametrize(
+    ("key", "remedy"),
+    [
+        ("weight_deacy", "Did you mean 'weight_decay'"),
+        ("Momentum", "Did you mean 'momentum'"),
+        ("learning_rate", "argument of KFAC"),
+        ("betas", "argument of KFAC"),
+        ("factor_decay", "argument of KFAC"),
+    ],
+)
+def test_an_unknown_key_of_a_group_is_refused(key: str, remedy: str, added_later: bool) -> None:
+    model = net()
+    groups = [{"params": [model[0].weight]}, {"params": [model[2].weight], key: 0.1}]
+    message = rf"groups that set only damping.*{key}.*{remedy}"
+    if not added_later:
+        with pytest.raises(ValueError, match=message):
+            KFAC(model, groups, lr=0.1)
+        return
+    optimizer = KFAC(model, groups[:1], lr=0.1)
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group(groups[1])
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.promise("keys of parameter groups")
+def test_keys_of_schedulers_and_loggers_are_kept() -> None:
+    model = net()
+    other = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    torch.optim.lr_scheduler.OneCycleLR(other, max_lr=1.0, total_steps=5)
+    extra = {k: v for k, v in other.param_groups[0].items() if k.endswith(("_lr", "_momentum"))}
+    assert len(extra) == 5
+    extra |= {"name": "all", "lr_scale": 0.5, "swa_lr": 0.1}
+    optimizer = KFAC(model, [{"params": list(model.parameters()), **extra}], lr=0.1)
+    assert extra.items() <= optimizer.param_groups[0].items()
+
+
+# --- parameters and modules -----------------------------------------------------------------------
+
+
+def with_weight(weight: Tensor) -> nn.Module:
+    model = nn.Module()
+    model.odd = nn.Parameter(weight)
+    return nn.Sequential(nn.Linear(4, 4), model)
+
+
+def both(model: nn.Module, **settings: Any) -> list[Callable[[], Any]]:
+    return [lambda: KFAC(model, lr=0.1, **settings), lambda: Preconditioner(model, **settings)]
+
+
+KINDS: list[tuple[str, Callable[[], nn.Module], str, str]] = [
+    ("parameters on `meta`", lambda: nn.Linear(2, 2, device="meta"), "on the meta", "to_empty"),
+    (
+        "complex, float8 or sparse parameters",
+        lambda: with_weight(torch.zeros(2, dtype=torch.complex64)),
+        "'1.odd' of dtype torch.complex64",
+        "Convert it to one of torch.float32, .*leave it out of params=",
+    ),
+    (
+        "complex, float8 or sparse parameters",
+        lambda: nn.Linear(2, 2).to(torch.float8_e4m3fn),
+        "'weight' of dtype torch.float8_e4m3fn",
+        "Convert it to one of torch.float32",
+    ),
+    (
+        "complex, float8 or sparse parameters",
+        lambda: with_weight(torch.eye(2).to_sparse()),
+        "'1.odd' of layout torch.sparse_coo",
+        "Make it dense",
+    ),
+    (
+        "`sparse=True` embeddings",
+        lambda: nn.Sequential(nn.Embedding(4, 2, sparse=True)),
+        "'0', a Embedding",
+        "sparse=False.*leave it out of params=",
+    ),
+    (
+        "`sparse=True` embeddings",
+        lambda: nn.EmbeddingBag(4, 2, sparse=True, mode="sum"),
+        "a EmbeddingBag",
+        "sparse=False",
+    ),
+    (
+        "`DataParallel`",
+        lambda: replicating(nn.Sequential(nn.Linear(2, 2))),
+        "a DataParallel",
+        "DistributedDataParallel, or device_ids",
+    ),
+    ("models without parameters", lambda: nn.ReLU(), "a ReLU without any", "nothing to train"),
+]
+
+
+def replicating(model: nn.Module) -> nn.Module:
+    wrapped = nn.DataParallel(model)
+    wrapped.device_ids = [0, 1]  # as with two GPUs
+    return wrapped
+
+
+@pytest.mark.parametrize("owner", [0, 1], ids=["KFAC", "Preconditioner"])
+@pytest.mark.parametrize(
+    ("make", "value", "remedy"),
+    [pytest.param(*row, marks=pytest.mark.promise(promise), id=row[1]) for promise, *row in KINDS],
+)
+def test_what_cannot_be_trained_is_refused_at_construction(
+    make: Callable[[], nn.Module], value: str, remedy: str, owner: int
+) -> None:
+    with pytest.raises(ValueError, match=rf"must be .*, but got .*{value}.*{remedy}"):
+        both(make())[owner]()
+
+
+@pytest.mark.promise("complex, float8 or sparse parameters")
+def test_frozen_parameters_may_be_of_any_kind() -> None:
+    model = with_weight(torch.zeros(2, dtype=torch.complex64)).requires_grad_(False)
+    model[0].requires_grad_(True)
+    assert len(KFAC(model, lr=0.1).summary()) == 3
+
+
+@pytest.mark.promise("complex, float8 or sparse parameters")
+def test_they_are_refused_when_they_are_unfrozen() -> None:
+    model = with_weight(torch.zeros(2, dtype=torch.complex64))
+    model[1].requires_grad_(False)
+    optimizer = KFAC(model, lr=0.1)
+    model[1].requires_grad_(True)
+    with pytest.raises(ValueError, match="complex64"):
+        optimizer.update_layers()
+
+
+@pytest.mark.promise("`sparse=True` embeddings")
+def test_a_sparse_embedding_that_is_left_out_is_no_obstacle() -> None:
+    model = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 2))
+    KFAC(model, model[1].parameters(), lr=0.1)
+
+
+@pytest.mark.promise("`DataParallel`")
+def test_data_parallel_that_only_forwards_works() -> None:
+    plain = net()
+    wrapped = nn.DataParallel(copy.deepcopy(plain))
+    for model in (plain, wrapped):
+        train(model, KFAC(model, lr=0.1), steps=3)
+    for mine, theirs in zip(plain.parameters(), wrapped.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.promise("FSDP and tensor parallelism")
+def test_sharded_models_are_refused() -> None:
+    program = """
+        import warnings, torch
+        from torch import nn
+        import torch.distributed as dist
+        from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+        from torch.distributed.tensor import distribute_tensor
+        from kfac import KFAC, Preconditioner
+        warnings.simplefilter("ignore")
+        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        mesh = dist.init_device_mesh("cpu", (1,))
+        composable = fully_shard(nn.Sequential(nn.Linear(2, 2)), mesh=mesh)
+        distributed = nn.Linear(2, 2)
+        distributed.weight = nn.Parameter(distribute_tensor(distributed.weight.detach(), mesh))
+        flat, original = (
+            FullyShardedDataParallel(
+                nn.Linear(2, 2), device_id=torch.device("cpu"), use_orig_params=use
+            )
+            for use in (False, True)
+        )
+        for model in (composable, distributed, flat, original, nn.Sequential(original)):
+            for make in (KFAC, Preconditioner):
+                try:
+                    make(model)
+                except ValueError as error:
+                    print(error)
+                else:
+                    raise AssertionError(f"{make} takes {model}")
+        dist.destroy_process_group()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    messages = done.stdout.splitlines()
+    assert len(messages) == 10
+    assert all("DistributedDataParallel" in message for message in messages)
+    assert ["DTensor" in m for m in messages] == [True] * 4 + [False] * 6
+
+
+@pytest.mark.promise("parameters that are not the model's")
+def test_parameters_of_another_model_are_refused() -> None:
+    model = net()
+    for given in (net().parameters(), copy.deepcopy(model).parameters()):
+        with pytest.raises(ValueError, match=r"Pass model\.parameters\(\) of this very model"):
+            KFAC(model, given, lr=0.1)
+    with pytest.raises(ValueError, match=r"Pass model\.parameters\(\) of this very model"):
+        Preconditioner(model, list(net().parameters()))
+
+
+@pytest.mark.promise("a parameter in two groups")
+def test_a_parameter_that_comes_twice_is_refused() -> None:
+    model = net()
+    weight = model[0].weight
+    with pytest.raises(ValueError, match=r"come once, but got .*\(5, 4\).*one group"):
+        KFAC(model, [{"params": [weight]}, {"params": model.parameters()}], lr=0.1)
+    with pytest.raises(ValueError, match="come once"):
+        KFAC(model, [weight, weight], lr=0.1)
+    with pytest.raises(ValueError, match="come once"):
+        Preconditioner(model, [weight, weight])
+    optimizer = KFAC(model, [weight], lr=0.1)
+    with pytest.raises(ValueError, match="come once"):
+        optimizer.add_param_group({"params": [weight]})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.promise("a weight shared by several modules")
+def test_tied_and_parametrised_weights_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    model[1].weight = model[0].weight
+    parametrizations.weight_norm(model[2])
+    train(model, KFAC(model, lr=0.1), steps=2)
+
+
+@pytest.mark.promise("models without parameters")
+@pytest.mark.filterwarnings("ignore")  # torch plans to remove these modules
+def test_quantised_modules_have_nothing_to_train() -> None:
+    linear = nn.Sequential(nn.Linear(2, 2))
+    quantised = torch.ao.nn.quantized.Linear(2, 2)
+    with pytest.raises(ValueError, match="a quantised module holds none"):
+        KFAC(nn.Sequential(quantised), lr=0.1)
+    model = nn.Sequential(linear, quantised)
+    assert [r.treatment for r in KFAC(model, lr=0.1).summary()] == ["kfac", "kfac"]

@@ -174,6 +174,9 @@ class AutomaticStep:
             What the closure returned.
         """
         self._settings = self._settings.at(groups)
+        for parameter, mine in state.items():  # the model may have been moved or converted
+            if "last_step" in mine:
+                mine["last_step"] = mine["last_step"].to(parameter)
         engine, rule = self._engine, self._settings.levenberg_marquardt
         is_watched = rule is not None and (self.damping is None or rule.is_due(engine.steps))
         start = Start.of(engine, with_curvature=is_watched)

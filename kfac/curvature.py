@@ -1,7 +1,7 @@
 """All layers' curvature blocks: their factors, their inverses, and what to do with a gradient."""
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from itertools import accumulate
 from math import prod
 from typing import Any
@@ -83,6 +83,7 @@ class Curvature:
     def accumulate(self, layer: str, factor: str, moment: Tensor, rows: int | Tensor) -> None:
         """Add a batch's moment to a layer's pending sum; see :meth:`Bucket.accumulate`."""
         bucket, index = self._slots[layer]
+        self._follow(bucket, layer)
         bucket.accumulate(index, factor, moment, rows)
 
     @property
@@ -203,7 +204,7 @@ class Curvature:
     ) -> tuple[dict[str, Tensor], Tensor, dict[str, Tensor]]:
         """Factors, weights and inverse state of some layers of a bucket."""
         bucket = self.buckets[index]
-        self._move(index, bucket.device)
+        self._follow(bucket, bucket.names[0])
         factors, weight = self._merged(bucket)
         if len(members) < len(bucket.names):
             factors = {key: factor[members] for key, factor in factors.items()}
@@ -262,6 +263,7 @@ class Curvature:
         if not self.ready[block]:
             return None
         bucket, i = self._slots[block]
+        self._follow(bucket, block)
         state = self.states[self.buckets.index(bucket)]
         vectors = (state.get(f"{name}_eigenvectors") for name in ("A", "G"))
         return Basis(*(None if v is None else v[i] for v in vectors))
@@ -278,6 +280,7 @@ class Curvature:
             pairs = [(a.clone(), g.clone())]
             for other in self._transposed[name]:
                 side, j = self._slots[other]
+                self._follow(side, other)
                 # A bias is not shared, so its row stays zero.
                 on_inputs, on_outputs = side.factors["G"][j], side.factors["A"][j]
                 pairs.append((as_kind(on_inputs, a), as_kind(on_outputs, g)))
@@ -296,17 +299,31 @@ class Curvature:
             "with skip=, or train it in float32."
         )
 
-    def _move(self, index: int, device: torch.device) -> None:
-        """Follow a model that has been moved."""
-        self.buckets[index].to(device)
-        for key, tensor in self.states[index].items():
-            self.states[index][key] = tensor.to(device)
+    def _follow(self, bucket: Bucket, name: str) -> None:
+        """Bring a bucket to where a layer of it is now, if the model was moved or converted."""
+        place = self._place(name)
+        if place == (bucket.device, bucket.dtype):
+            return
+        places = {self._place(other): other for other in bucket.names}
+        if len(places) > 1:
+            raise _apart(places.values())
+        bucket.to(*place)
+        self._made_from.clear()
+        for mine, state in zip(self.buckets, self.states, strict=True):
+            if mine is bucket:
+                state.update({key: tensor.to(*place) for key, tensor in state.items()})
+
+    def _place(self, name: str) -> tuple[torch.device, torch.dtype]:
+        """Where the factors of a layer belong."""
+        layer = self.layers[self._primaries[name]]
+        return layer.weight.parameter.device, layer.dtype
 
     def _vector(self, values: Sequence[float], index: int) -> Tensor:
         """Numbers as a tensor beside a bucket, which is the one of the last call if they are."""
         bucket = self.buckets[index]
         known, vector = self._vectors.get(index, ((), None))
-        if vector is None or known != tuple(values) or vector.device != bucket.device:
+        place = (bucket.device, bucket.dtype)
+        if vector is None or known != tuple(values) or (vector.device, vector.dtype) != place:
             vector = torch.tensor(values, dtype=bucket.dtype).to(bucket.device, non_blocking=True)
             self._vectors[index] = tuple(values), vector
         return vector
@@ -326,7 +343,9 @@ class Curvature:
             if not members:
                 continue
             layers = [self.layers[bucket.names[i]] for i in members]
-            self._move(index, gradients[layers[0].weight.parameter].device)
+            if len({gradients[layer.weight.parameter].device for layer in layers}) > 1:
+                raise _apart(layer.name for layer in layers)
+            self._follow(bucket, layers[0].name)
             state = self.states[index] | bucket.factors
             if len(members) < len(bucket.names):
                 state = {key: tensor[members] for key, tensor in state.items()}
@@ -480,6 +499,15 @@ class Curvature:
         )
         made_from = records["made_from"]
         self._made_from = {n: made_from[n] for n in self.layers if made_from[n] is not None}
+
+
+def _apart(names: Iterable[str]) -> RuntimeError:
+    """Layers whose factors are in one stack have come to be in different places."""
+    return RuntimeError(
+        "A part of the model was moved or converted after construction, and the layers "
+        f"{', '.join(map(repr, names))} are no longer alike. Call update_layers() of the optimizer "
+        "after moving or converting a part of its model."
+    )
 
 
 def _starts(layers: Sequence[Layer]) -> dict[str, float]:

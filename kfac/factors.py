@@ -106,15 +106,15 @@ class Bucket:
             for name, shape in shapes.items()
         }
 
-    def to(self, device: torch.device) -> None:
-        """Move everything to ``device`` (where the model has been moved after construction)."""
-        if device == self.device:
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Follow a model that has been moved or converted after construction."""
+        if device == self.device and dtype == self.dtype:
             return
-        self.device = device
-        self.weight = self.weight.to(device)
+        self.device, self.dtype = device, dtype
+        self.weight = self.weight.to(device, dtype)
         for tensors in (self.factors, self.pending):
             for name, tensor in tensors.items():
-                tensors[name] = tensor.to(device)
+                tensors[name] = tensor.to(device, dtype)
 
     def accumulate(self, index: int, name: str, moment: Tensor, rows: int | Tensor = 0) -> None:
         """Add one batch's unnormalised second moment to a layer's pending sum.
@@ -125,7 +125,6 @@ class Bucket:
             moment: Sum of outer products, of the shape of one layer's factor.
             rows: Number of input rows that the sum is over (for "A").
         """
-        self.to(moment.device)
         self.pending[name][index] += moment
         self.rows[index] += rows
         self.is_empty = False

@@ -46,6 +46,7 @@ class Fallback:
         make = torch.optim.AdamW if fallback == "adamw" else fallback
         self.optimizer = make([{"params": list(members)} for members in own])
         self._takes_weight_decay = fallback == "adamw"
+        self._places = self._where_parameters_are()
         self._check(fallback, own)
         self._base = [
             (float(groups[source]["lr"]), float(inner["lr"]))
@@ -72,6 +73,7 @@ class Fallback:
             gradients: Used in place of the parameters' ``.grad``.
             groups: K-FAC's parameter groups, whose learning rates set the schedule.
         """
+        self._follow()
         used: dict[nn.Parameter, Tensor] = {}
         followers = zip(self._sources, self.optimizer.param_groups, self._base, strict=True)
         for source, inner, (base, inner_base) in followers:
@@ -87,6 +89,20 @@ class Fallback:
         members = [p for group in self.optimizer.param_groups for p in group["params"]]
         with _gradients_replaced(members, used):
             self.optimizer.step()
+
+    def _where_parameters_are(self) -> list[tuple[torch.device, torch.dtype]]:
+        groups = self.optimizer.param_groups
+        return [(p.device, p.dtype) for group in groups for p in group["params"]]
+
+    def _follow(self) -> None:
+        """Bring the state to the parameters, if the model was moved or converted.
+
+        Loading it does: torch then puts every optimizer's state where the parameters are.
+        """
+        places = self._where_parameters_are()
+        if places != self._places:
+            self.optimizer.load_state_dict(self.optimizer.state_dict())
+            self._places = places
 
     def adopt(self, other: "Fallback") -> None:
         """Take over settings and state from a fallback for an earlier set of parameters."""

@@ -167,4 +167,6 @@ def _state_of(parameter: nn.Parameter, state: State) -> dict[str, Tensor]:
     if AVERAGE not in mine:
         mine[AVERAGE] = torch.zeros_like(parameter, dtype=_dtype(parameter))
         mine[WEIGHT] = torch.zeros((), dtype=_dtype(parameter), device=parameter.device)
+    for key in (AVERAGE, WEIGHT):  # the model may have been moved or converted
+        mine[key] = mine[key].to(parameter.device, _dtype(parameter))
     return mine

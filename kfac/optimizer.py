@@ -471,6 +471,8 @@ class KFAC(torch.optim.Optimizer):
             state = self.state[parameter]
             if "momentum_buffer" not in state:
                 state["momentum_buffer"] = torch.zeros_like(parameter)
+            # The model may have been moved or converted.
+            state["momentum_buffer"] = state["momentum_buffer"].to(parameter)
             buffers.append(state["momentum_buffer"])
         return buffers
 

@@ -388,7 +388,7 @@ class Preconditioner:
         if pending or self.ranks.size > 1:
             g_scale = self._g_scale(gradient_scale) if pending else torch.ones(())
             dropped = self.blocks.fold(self.factor_decay, g_scale, accept, self.ranks)
-            self._dropped += dropped.to(self._dropped)
+            self._dropped = self._dropped.to(dropped.device) + dropped
         else:
             self._explain_missing_statistics()
 
@@ -438,7 +438,7 @@ class Preconditioner:
         return self.steps or -self.burned_in
 
     def _end_step(self, accept: Tensor) -> None:
-        self._nonfinite += (~accept).to(self._nonfinite)
+        self._nonfinite = self._nonfinite.to(accept.device) + ~accept
         self.capture.end_step(self._turn)
         self.blocks.discard()
 

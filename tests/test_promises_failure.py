@@ -392,3 +392,133 @@ def test_quantised_modules_have_nothing_to_train() -> None:
         KFAC(nn.Sequential(quantised), lr=0.1)
     model = nn.Sequential(linear, quantised)
     assert [r.treatment for r in KFAC(model, lr=0.1).summary()] == ["kfac", "kfac"]
+
+
+# --- models that move -----------------------------------------------------------------------------
+
+MODES: dict[str, dict[str, Any]] = {
+    "cholesky": {},
+    "eigen": {"inverse": "eigen", "fisher": "type-2"},
+    "ekfac": {"inverse": "ekfac"},
+    "newton-schulz": {"inverse": "newton-schulz", "fisher": "empirical"},
+    "inverse-free": {"inverse": "inverse-free", "fisher": "forward-only"},
+    "nesterov": {"nesterov": True, "fisher": "empirical"},
+    "reduce": {"weight_sharing": "reduce"},
+    "grafted": {"graft": "adam"},
+    "adamw": {"fallback": "adamw"},
+    "sgd of torch": {"fallback": lambda groups: torch.optim.SGD(groups, lr=0.1, momentum=0.9)},
+    "auto": {"lr": "auto", "momentum": "auto", "damping": LevenbergMarquardt(period=2)},
+    "rare updates": {"factor_update_period": 3, "inverse_update_period": 2},
+}
+CRITERION = nn.CrossEntropyLoss()
+
+
+def made(model: nn.Module, settings: dict[str, Any]) -> KFAC:
+    periods = {"factor_update_period": 1, "inverse_update_period": 1}
+    return KFAC(model, **{"lr": 0.05, "criterion": CRITERION} | periods | settings)
+
+
+def run(model: nn.Module, optimizer: KFAC, steps: int) -> None:
+    first = next(model.parameters())
+    x, y = X.to(first), Y.to(first.device)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss: Tensor = CRITERION(model(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        optimizer.step(closure)
+
+
+@pytest.mark.promise("`model.to(dtype)` after steps")
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES.keys())
+def test_a_converted_model_goes_on_like_one_that_loads_the_state(settings: dict[str, Any]) -> None:
+    model = net()
+    optimizer = made(model, settings)
+    run(model, optimizer, 4)
+    double = net().double()
+    double.load_state_dict(model.state_dict())
+    fresh = made(double, settings)
+    fresh.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    model.double()
+    for pair in ((model, optimizer), (double, fresh)):
+        run(*pair, 4)
+    for mine, theirs in zip(model.parameters(), double.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+    assert optimizer.factor("0")[0].dtype == torch.float64
+    for mine in optimizer.state.values():
+        assert all(tensor.dtype == torch.float64 for tensor in mine.values())
+
+
+@pytest.mark.promise("`model.to(dtype)` after steps")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES.keys())
+def test_a_model_may_become_less_precise(settings: dict[str, Any], dtype: torch.dtype) -> None:
+    model = net() if dtype == torch.bfloat16 else net().double()
+    optimizer = made(model, settings)
+    run(model, optimizer, 3)
+    model.to(dtype)
+    run(model, optimizer, 3)
+    assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
+    assert optimizer.factor("0")[0].dtype == torch.float32
+    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+
+
+@pytest.mark.promise("`model.to(device)` after steps")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "settings",
+    [s for s in MODES.values() if s.get("fisher")],
+    ids=[k for k, s in MODES.items() if s.get("fisher")],
+)
+def test_a_moved_model_goes_on_as_if_it_had_stayed(settings: dict[str, Any]) -> None:
+    models = [net().double()]
+    models.append(copy.deepcopy(models[0]))
+    optimizers = [made(model, settings) for model in models]
+    for device in ("cpu", "cuda", "cpu"):
+        models[1].to(device)
+        for pair in zip(models, optimizers, strict=True):
+            run(*pair, 2)
+    for mine, theirs in zip(models[1].parameters(), models[0].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.promise("`model.to(device)` after steps")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES.keys())
+def test_everything_follows_a_moved_model(settings: dict[str, Any]) -> None:
+    model = net()
+    optimizer = made(model, settings)
+    for device in ("cpu", "cuda", "cpu"):
+        model.to(device)
+        run(model, optimizer, 2)
+        tensors = [t for mine in optimizer.state.values() for t in mine.values()]
+        assert {t.device.type for t in [*tensors, *optimizer.factor("0")] if t is not None} == {
+            device
+        }
+    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+
+
+@pytest.mark.promise("a part of the model moved or converted after steps")
+def test_converting_a_part_of_the_model_is_refused_until_the_layers_are_updated() -> None:
+    class Mixed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self:
+                x = layer(x.to(layer.weight.dtype))
+            return x
+
+    model = Mixed(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3))
+    optimizer = KFAC(model, lr=0.1, fisher="empirical", factor_update_period=1)
+    train(model, optimizer, 2)
+    model[1].double()
+    state = everything(model, optimizer)
+    with pytest.raises(
+        RuntimeError, match=r"layers '0', '1' are no longer.*Call update_layers\(\)"
+    ):
+        train(model, optimizer)
+    assert_same(everything(model, optimizer), state)
+    optimizer.update_layers()
+    train(model, optimizer, 2)
+    assert [optimizer.factor(name)[0].dtype for name in "01"] == [torch.float32, torch.float64]

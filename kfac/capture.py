@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check
+from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check, nearest
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
 from kfac.graph import mark, mark_of, marks_behind, receives_gradient
@@ -114,6 +114,7 @@ class Capture:
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
         self._has_looked_for_mixing = False
+        self._has_seen_mask = False
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
@@ -189,13 +190,15 @@ class Capture:
         if callable(terms):
             terms = terms(*args, **kwargs)
             check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
-        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
+        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs, batch_size))
         if self.recorder is not None:
             self._record.repeatable = self.recorder.begin(args, kwargs)
         self.taps.record = self._record
         self._in_forward = True
 
-    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
+    def _mask(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_size: int | None
+    ) -> Tensor | None:
         """Which positions of a call are real, as a boolean tensor."""
         if self.position_mask is None:
             return None
@@ -207,10 +210,25 @@ class Capture:
             mask = self._signature.bind_partial(*args, **kwargs).arguments.get(self.position_mask)
         if mask is None:
             return None
-        if not isinstance(mask, Tensor):
-            constraint = "the name of a tensor argument, or a function that returns a tensor"
-            raise argument_error("KFAC", "position_mask", constraint, mask, "(for this call)")
+        self._check_mask(mask, batch_size)
         return mask.detach() != 0
+
+    def _check_mask(self, mask: Any, batch_size: int | None) -> None:
+        constraint = "the name of a tensor argument, or a function that returns a tensor"
+        examples = "N" if batch_size is None else batch_size
+        if not isinstance(mask, Tensor):
+            found: object = mask
+        elif mask.dim() < 2 or batch_size not in (None, len(mask)):
+            found = f"a tensor of shape {tuple(mask.shape)}"
+        elif not self._has_seen_mask and mask.is_floating_point() and bool((mask < 0).any()):
+            found = "a tensor with negative elements, as for adding to attention scores"
+        else:
+            self._has_seen_mask = True
+            return
+        raise argument_error(
+            "KFAC", "position_mask", f"{constraint} [{examples}, T]", found,
+            "Let it be 1 where a position is real and 0 where it is padding.",
+        )  # fmt: skip
 
     def _end_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Watch the model's output for the user's backward pass."""
@@ -251,9 +269,23 @@ class Capture:
             on_backward(tensor, self._reach_unclaimed, record, output.detach())
 
     def _select(self, output: Any) -> Tensor | None:
-        if self.outputs is not None:
-            output = self.outputs(output) if callable(self.outputs) else output[self.outputs]
-        return output if isinstance(output, Tensor) else None
+        if self.outputs is None or output is None:
+            return output if isinstance(output, Tensor) else None
+        try:
+            found = self.outputs(output) if callable(self.outputs) else output[self.outputs]
+        except (LookupError, TypeError) as error:
+            raise self._no_such_output(output, "nothing") from error
+        if not isinstance(found, Tensor):
+            raise self._no_such_output(output, f"a {type(found).__name__}")
+        return found
+
+    def _no_such_output(self, output: Any, found: str) -> ValueError:
+        keys = f" with the keys {list(output)}" if isinstance(output, Mapping) else ""
+        return argument_error(
+            "KFAC", "outputs", "what picks a tensor out of the model's output", self.outputs,
+            f"It picks {found} out of a {type(output).__name__}{keys}. Pass the key or the index "
+            "of the tensor that the loss is computed from, or a function that returns it.",
+        )  # fmt: skip
 
     def _claim(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -372,7 +404,7 @@ class Capture:
         """
         assert self.likelihood is not None
         with torch.no_grad():
-            normalizer = self.likelihood.normalizer(output.detach(), target)
+            normalizer = _scalar(self.likelihood, output.detach(), target)
             counted = self._count_once(records, normalizer)
             share: Tensor | None = None
             if calls > 1 or counted is not normalizer:
@@ -474,14 +506,26 @@ class Capture:
             )
 
 
+def _scalar(likelihood: Likelihood, output: Tensor, target: Tensor | None) -> Tensor:
+    """The normaliser of a likelihood, which may be the user's own."""
+    normalizer = likelihood.normalizer(output, target)
+    if isinstance(normalizer, Tensor) and normalizer.dim() == 0:
+        return normalizer
+    raise ValueError(
+        f"{type(likelihood).__name__}.normalizer() must give a tensor without dimensions, but gave "
+        f"{normalizer!r}. See kfac.Likelihood."
+    )
+
+
 def _check_parameter(name: str, signature: inspect.Signature) -> None:
     """Refuse the name of an argument that a model does not take."""
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if name not in parameters and not takes_any:
         raise argument_error(
-            "KFAC", "position_mask", f"one of the model's arguments {list(parameters)}", name
-        )
+            "KFAC", "position_mask", f"one of the model's arguments {list(parameters)}", name,
+            nearest(name, parameters) or "Or pass a function of them.",
+        )  # fmt: skip
 
 
 class Claims:

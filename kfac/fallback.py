@@ -46,8 +46,8 @@ class Fallback:
         make = torch.optim.AdamW if fallback == "adamw" else fallback
         self.optimizer = make([{"params": list(members)} for members in own])
         self._takes_weight_decay = fallback == "adamw"
-        self._places = self._where_parameters_are()
         self._check(fallback, own)
+        self._places = self._where_parameters_are()
         self._base = [
             (float(groups[source]["lr"]), float(inner["lr"]))
             for source, inner in zip(self._sources, self.optimizer.param_groups, strict=True)

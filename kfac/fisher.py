@@ -71,7 +71,12 @@ class _TermwiseLikelihood:
         return self._loss_reduction if declared == "none" else declared  # type: ignore[return-value]
 
     def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
-        """The number of loss terms."""
+        """The number of loss terms.
+
+        Raises:
+            ValueError: If target or weights would spread the output over more terms than it has.
+        """
+        self.check_shapes(output, target)
         terms = self.rows(output).shape[0]
         return output.new_full((), terms, dtype=_at_least_float32(output), requires_grad=False)
 
@@ -117,6 +122,9 @@ class _TermwiseLikelihood:
         roots = [scale * self.root_product(rows, self.rows(z).to(rows)) for z in tangents]
         stacked = torch.stack(roots).flatten(1)
         return stacked @ stacked.mT
+
+    def check_shapes(self, output: Tensor, target: Tensor | None) -> None:
+        """Refuse what torch's loss would broadcast; it refuses the rest itself."""
 
     def rows(self, output: Tensor) -> Tensor:
         """Arrange the output as ``[terms, classes]``, examples first."""
@@ -248,6 +256,11 @@ class Bernoulli(_TermwiseLikelihood):
 
     criterion: nn.BCEWithLogitsLoss
 
+    def check_shapes(self, output: Tensor, target: Tensor | None) -> None:
+        """``weight`` and ``pos_weight`` have one element for every output, or for several."""
+        for name in ("weight", "pos_weight"):
+            _check_spread("BCEWithLogitsLoss", name, getattr(self.criterion, name), output)
+
     def curvature_weights(self, output: Tensor, target: Tensor | None, rows: Tensor) -> Tensor:
         """``weight`` and, through the target, ``pos_weight``."""
         total = torch.ones_like(output, dtype=rows.dtype)
@@ -278,6 +291,10 @@ class Gaussian(_TermwiseLikelihood):
 
     criterion: nn.MSELoss
 
+    def check_shapes(self, output: Tensor, target: Tensor | None) -> None:
+        """The target has one element for every output, or for several."""
+        _check_spread("MSELoss", "target", target, output)
+
     def sample_rows(self, rows: Tensor, generator: torch.Generator) -> Tensor:
         """2·(output − label) with the label drawn from N(output, ½)."""
         noise = torch.randn(rows.shape, generator=generator, dtype=rows.dtype, device=rows.device)
@@ -290,6 +307,20 @@ class Gaussian(_TermwiseLikelihood):
     def root_product(self, rows: Tensor, tangents: Tensor) -> Tensor:
         """√2 z."""
         return 2**0.5 * tangents
+
+
+def _check_spread(owner: str, argument: str, given: Tensor | None, output: Tensor) -> None:
+    """Refuse a tensor that, combined with the output, gives more elements than the output has."""
+    if given is None:
+        return
+    sizes = zip(reversed(given.shape), reversed(output.shape), strict=False)
+    if given.dim() > output.dim() or any(mine not in (1, theirs) for mine, theirs in sizes):
+        raise argument_error(
+            owner, argument, f"of a shape that broadcasts to {tuple(output.shape)}, the output's",
+            tuple(given.shape),
+            "The loss would have other terms than the output; reshape one of them, for example by "
+            "target.view_as(output).",
+        )  # fmt: skip
 
 
 _LIKELIHOODS: dict[type[nn.Module], type[_TermwiseLikelihood]] = {
@@ -338,10 +369,27 @@ def likelihood_of(
             owner, "criterion", f"one of {names} or an object with the Likelihood protocol",
             criterion, "Leave it out to train with the empirical Fisher, which suits any loss.",
         )  # fmt: skip
+    kind = type(criterion).__name__
     declared = criterion.reduction  # type: ignore[attr-defined]
+    # Only of the losses above is it known what they are before their reduction.
+    choices = ("mean", "sum", "none") if likelihood_type is not None else ("mean", "sum")
+    check(
+        kind,
+        "reduction",
+        declared,
+        one_of(choices),
+        "Let it be that of the loss in the training loop.",
+    )
+    for name in ("weight", "pos_weight"):
+        weight = getattr(criterion, name, None) if likelihood_type is not None else None
+        if weight is not None and not (weight.isfinite() & (weight >= 0)).all():
+            raise argument_error(
+                kind, name, "finite and >= 0 everywhere", weight,
+                "A loss of negative weight has no Fisher matrix.",
+            )  # fmt: skip
     if declared == "none" and loss_reduction is None:
         raise argument_error(
-            type(criterion).__name__, "reduction", "'mean' or 'sum'", declared,
+            kind, "reduction", "'mean' or 'sum'", declared,
             "Say with loss_reduction= how the unreduced loss is reduced afterwards.",
         )  # fmt: skip
     if declared != "none" and loss_reduction not in (None, declared):

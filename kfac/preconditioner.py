@@ -384,6 +384,12 @@ class Preconditioner:
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
+        if self.capture.statistics.mask_fits is False:
+            raise argument_error(
+                self._finding["owner"], "position_mask", "[N, T] like the input of a layer",
+                "a mask that no layer's input has the shape of",
+                "Pass a function of the model's arguments that returns one of that shape.",
+            )  # fmt: skip
         pending = self.blocks.has_pending
         if pending or self.ranks.size > 1:
             g_scale = self._g_scale(gradient_scale) if pending else torch.ones(())

@@ -86,6 +86,10 @@ class Statistics:
             estimated from, in (0, 1]. G and S are divided by the share that was taken, to be those
             of all examples in expectation. A call whose examples are not known is used whole.
 
+    Attributes:
+        expanded: Layers that are under ``"reduce"`` and whose examples were not known.
+        mask_fits: Whether a mask had the positions of any layer; None before there was one.
+
     Source:
         Eschenhagen et al. 2023, sections 3.1 and 3.2.
     """
@@ -98,6 +102,7 @@ class Statistics:
         self.fraction = fraction
         self.with_gradients = with_gradients
         self.expanded: set[str] = set()
+        self.mask_fits: bool | None = None
         self._open: list[ForwardRecord] = []
 
     def take(
@@ -113,6 +118,8 @@ class Statistics:
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             examples = self._examples(layer, record, x, gradient)
             mask = _mask_of(layer, record, x) if count_input else None
+            if count_input and record is not None and record.mask is not None:
+                self.mask_fits = bool(self.mask_fits) or mask is not None
             share = 1.0 if examples is None else self._share(examples)
             if examples is not None and share < 1:
                 size = layer.leading_size(gradient)

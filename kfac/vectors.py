@@ -65,7 +65,8 @@ class OutputVectors:
         if self.fisher == "mc":
             generator = self._generator(output.device)
             for _ in range(self.num_samples):
-                yield self.likelihood.sample(output, target, generator) / self.num_samples**0.5
+                vector = self.likelihood.sample(output, target, generator)
+                yield self._checked("sample", vector, output) / self.num_samples**0.5
             return
         examples = _examples_in(output, batch_sizes)
         count = self.likelihood.num_vectors(output, examples)
@@ -75,7 +76,18 @@ class OutputVectors:
                 f"fisher='type-2' needs for an output of shape {tuple(output.shape)}, but got "
                 f"{self.max_vectors}. Raise it, or use fisher='mc', which needs num_samples."
             )
-        yield from self.likelihood.vectors(output, target, examples)
+        for vector in self.likelihood.vectors(output, target, examples):
+            yield self._checked("vectors", vector, output)
+
+    def _checked(self, method: str, vector: object, output: Tensor) -> Tensor:
+        """A vector of a likelihood, which may be the user's own."""
+        if isinstance(vector, Tensor) and vector.shape == output.shape:
+            return vector
+        given = tuple(vector.shape) if isinstance(vector, Tensor) else vector
+        raise ValueError(
+            f"{type(self.likelihood).__name__}.{method}() must give tensors of the output's shape "
+            f"{tuple(output.shape)}, but gave {given!r}. See kfac.Likelihood."
+        )
 
     def _generator(self, device: torch.device) -> torch.Generator:
         """The generator of this step's labels, apart from torch's own and different on every rank.

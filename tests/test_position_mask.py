@@ -152,7 +152,13 @@ MUTANTS: dict[str, Callable] = {
             )
         ),
     ),
-    "mask ignored": replace(kfac.statistics, "_mask_of", lambda original, layer, record, x: None),
+    "mask ignored": replace(
+        kfac.statistics,
+        "_mask_of",
+        lambda original, layer, record, x: (
+            None if (mask := original(layer, record, x)) is None else torch.ones_like(mask)
+        ),
+    ),
 }
 
 

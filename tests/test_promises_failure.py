@@ -522,3 +522,308 @@ def test_converting_a_part_of_the_model_is_refused_until_the_layers_are_updated(
     optimizer.update_layers()
     train(model, optimizer, 2)
     assert [optimizer.factor(name)[0].dtype for name in "01"] == [torch.float32, torch.float64]
+
+
+# --- losses, masks and outputs --------------------------------------------------------------------
+
+BAD_CRITERIA: list[tuple[Any, dict[str, Any], str, str]] = [
+    (nn.L1Loss(), {}, r"KFAC\(criterion=", "Leave it out to train with the empirical Fisher"),
+    (nn.NLLLoss(), {}, r"KFAC\(criterion=", "Leave it out to train with the empirical Fisher"),
+    (nn.functional.cross_entropy, {}, r"KFAC\(criterion=", "Leave it out"),
+    (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, -1.0, 1.0])),
+        {},
+        r"CrossEntropyLoss\(weight=",
+        "no Fisher matrix",
+    ),
+    (
+        nn.CrossEntropyLoss(weight=torch.tensor([1.0, NAN])),
+        {},
+        r"CrossEntropyLoss\(weight=",
+        "no Fisher",
+    ),
+    (
+        nn.BCEWithLogitsLoss(pos_weight=torch.tensor([INF])),
+        {},
+        r"BCEWithLogitsLoss\(pos_weight=",
+        "no Fisher matrix",
+    ),
+    (nn.MSELoss(reduction="batchmean"), {}, r"MSELoss\(reduction=", "of the loss in the training"),
+    (nn.MSELoss(reduction="none"), {}, r"MSELoss\(reduction=", "loss_reduction="),
+    (nn.MSELoss(), {"loss_reduction": "sum"}, r"KFAC\(loss_reduction=", "Leave it out"),
+]
+
+
+@pytest.mark.promise("criteria")
+@pytest.mark.parametrize(("criterion", "settings", "what", "remedy"), BAD_CRITERIA)
+def test_a_criterion_that_cannot_be_used_is_refused_at_construction(
+    criterion: Any, settings: dict[str, Any], what: str, remedy: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"(?s)^{what}\.\.\.\) must be .*, but got .*{remedy}"):
+        KFAC(net(), lr=0.1, criterion=criterion, **settings)
+
+
+class Custom:
+    """A squared error as a likelihood of the user's own."""
+
+    reduction = "mean"
+
+    def __init__(self, **methods: Any) -> None:
+        vars(self).update(methods)
+
+    def normalizer(self, output: Tensor, target: Tensor | None) -> Tensor:
+        return torch.tensor(float(len(output)))
+
+    def sample(self, output: Tensor, target: Tensor | None, generator: torch.Generator) -> Tensor:
+        return torch.randn(output.shape, generator=generator)
+
+    def num_vectors(self, output: Tensor, examples: int) -> int:
+        return 1
+
+    def vectors(self, output: Tensor, target: Tensor | None, examples: int) -> Any:
+        yield torch.ones_like(output)
+
+
+@pytest.mark.promise("criteria")
+@pytest.mark.parametrize("reduction", ["none", "batchmean", None, 1])
+def test_a_likelihood_of_ones_own_says_how_it_is_reduced(reduction: Any) -> None:
+    for loss_reduction in (None, "sum"):
+        criterion = Custom(reduction=reduction)
+        with pytest.raises(ValueError, match=r"Custom\(reduction=\.\.\.\) must be one of 'mean'"):
+            KFAC(net(), lr=0.1, criterion=criterion, loss_reduction=loss_reduction)
+
+
+def image(model: nn.Module) -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), model)
+
+
+class Dict(nn.Module):
+    """Returns its output in a dict, as the models of some libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+
+    def forward(self, x: Tensor, mask: Any = None) -> dict[str, Any]:
+        return {"logits": self.inner(x), "name": "net"}
+
+
+def squared(output: Any, target: Tensor) -> Tensor:
+    logits = output["logits"] if isinstance(output, dict) else output
+    return (logits**2).mean()
+
+
+S = torch.randn(8, 5, 4)  # with positions
+ONES = torch.ones(8, 3)
+# What is wrong; the model, settings, what the loop does with the output; the error.
+AT_FIRST: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any, Tensor, str, str]] = {
+    "MSELoss broadcasts": (
+        lambda: nn.Sequential(nn.Linear(4, 1)),
+        {"criterion": (mse := nn.MSELoss())},
+        lambda output: mse(output, torch.zeros(8)),
+        X,
+        r"MSELoss\(target=\.\.\.\) must be of a shape that broadcasts to \(8, 1\)",
+        "target.view_as",
+    ),
+    "MSELoss broadcasts outputs": (
+        net,
+        {"criterion": (mse2 := nn.MSELoss(reduction="sum"))},
+        lambda output: mse2(output, torch.zeros(8, 1, 3)),
+        X,
+        r"MSELoss\(target=\.\.\.\) must be",
+        "target.view_as",
+    ),
+    "BCE weight, loss as a function": (
+        net,
+        {"criterion": nn.BCEWithLogitsLoss(weight=torch.ones(2))},
+        lambda output: squared(output, Y),
+        X,
+        r"BCEWithLogitsLoss\(weight=\.\.\.\) must be .* but got \(2,\)",
+        "reshape",
+    ),
+    "pos_weight, loss as a function": (
+        net,
+        {"criterion": nn.BCEWithLogitsLoss(pos_weight=torch.ones(3))},
+        lambda output: squared(output, Y),
+        X,
+        "depends on the targets",
+        r"Compute the loss as criterion\(output, target\)",
+    ),
+    "no such key": (
+        Dict,
+        {"criterion": nn.CrossEntropyLoss(), "outputs": "logit"},
+        lambda output: squared(output, Y),
+        X,
+        r"KFAC\(outputs=\.\.\.\) must be .*but got 'logit'.*nothing out of a dict",
+        r"with the keys \['logits', 'name'\]",
+    ),
+    "no tensor at the key": (
+        Dict,
+        {"criterion": nn.CrossEntropyLoss(), "outputs": "name"},
+        lambda output: squared(output, Y),
+        X,
+        r"KFAC\(outputs=\.\.\.\) must be .* picks a str out of a dict",
+        "or a function that returns it",
+    ),
+    "no tensor from the function": (
+        Dict,
+        {"criterion": nn.CrossEntropyLoss(), "outputs": lambda output: None},
+        lambda output: squared(output, Y),
+        X,
+        r"KFAC\(outputs=\.\.\.\) must be .* picks a NoneType",
+        "Pass the key",
+    ),
+    "mask of the wrong kind": (
+        net,
+        {"position_mask": lambda x: [1, 1]},
+        lambda output: squared(output, Y),
+        S,
+        r"KFAC\(position_mask=\.\.\.\) must be .* a tensor \[8, T\], but got \[1, 1\]",
+        "1 where a position is real",
+    ),
+    "mask of another batch": (
+        net,
+        {"position_mask": lambda x: torch.ones(7, 5)},
+        lambda output: squared(output, Y),
+        S,
+        r"KFAC\(position_mask=\.\.\.\) must be .*\[8, T\], but got 'a tensor of shape \(7, 5\)'",
+        "1 where a position is real",
+    ),
+    "mask without positions": (
+        net,
+        {"position_mask": lambda x: torch.ones(8)},
+        lambda output: squared(output, Y),
+        S,
+        r"KFAC\(position_mask=\.\.\.\) must be .*shape \(8,\)",
+        "1 where a position is real",
+    ),
+    "mask for attention scores": (
+        net,
+        {"position_mask": lambda x: torch.zeros(8, 5).index_fill(1, torch.tensor([4]), -INF)},
+        lambda output: squared(output, Y),
+        S,
+        r"KFAC\(position_mask=\.\.\.\) must be .*negative elements",
+        "1 where a position is real",
+    ),
+    "mask of no layer": (
+        net,
+        {"position_mask": lambda x: torch.ones(8, 6)},
+        lambda output: squared(output, Y),
+        S,
+        r"KFAC\(position_mask=\.\.\.\) must be \[N, T\] like the input of a layer",
+        "Pass a function",
+    ),
+    "number of terms": (
+        net,
+        {"loss_terms": lambda x: 8.0},
+        lambda output: squared(output, Y),
+        X,
+        r"KFAC\(loss_terms=\.\.\.\) must be an integer >= 1, but got 8.0",
+        "returned by the function",
+    ),
+    "vectors of another shape": (
+        net,
+        {"criterion": Custom(sample=lambda output, target, generator: output[:, :1])},
+        lambda output: squared(output, Y),
+        X,
+        r"Custom.sample\(\) must give tensors of the output's shape \(8, 3\), but gave \(8, 1\)",
+        "See kfac.Likelihood",
+    ),
+    "no vectors": (
+        net,
+        {"fisher": "type-2", "criterion": Custom(vectors=lambda *_: iter([None]))},
+        lambda output: squared(output, Y),
+        X,
+        r"Custom.vectors\(\) must give tensors .* but gave None",
+        "See kfac.Likelihood",
+    ),
+    "many normalisers": (
+        net,
+        {"criterion": Custom(normalizer=lambda output, target: torch.ones(8))},
+        lambda output: squared(output, Y),
+        X,
+        r"Custom.normalizer\(\) must give a tensor without dimensions",
+        "See kfac.Likelihood",
+    ),
+    "too many vectors": (
+        net,
+        {"fisher": "type-2", "max_vectors": 2, "criterion": nn.CrossEntropyLoss()},
+        lambda output: squared(output, Y),
+        X,
+        r"KFAC\(max_vectors=\.\.\.\) must be >= 3",
+        "Raise it, or use fisher='mc'",
+    ),
+    "a part of the model": (
+        net,
+        {"fisher": "empirical"},
+        None,
+        X,
+        "No loss terms were counted",
+        "Call the model that K-FAC was given",
+    ),
+}
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.filterwarnings("ignore:Using a target size")  # torch only warns
+@pytest.mark.parametrize("trained", [False, True], ids=["first step", "later step"])
+@pytest.mark.parametrize("case", AT_FIRST)
+def test_a_mistake_in_a_batch_is_reported_before_anything_changes(case: str, trained: bool) -> None:
+    make, settings, loss, x, what, remedy = AT_FIRST[case]
+    model = make()
+    good = KFAC(model, lr=0.1, factor_update_period=1, fisher="empirical")
+    for _ in range(2 * trained):
+        good.zero_grad()
+        squared(model(X), Y).backward()
+        good.step()
+    good.remove_hooks()
+    optimizer = KFAC(model, **{"lr": 0.1, "factor_update_period": 1} | settings)
+    state, own = good.state_dict(), optimizer.state_dict()["kfac"]
+    state["kfac"] |= {key: own[key] for key in ("fisher", "seed")}
+    optimizer.load_state_dict(state)
+    before = everything(model, optimizer)
+
+    def step() -> None:
+        output = model(x) if loss is not None else model[2](model[0](x))
+        (loss or (lambda output: squared(output, Y)))(output).backward()
+        optimizer.step()
+
+    with pytest.raises((ValueError, RuntimeError), match=f"(?s){what}.*{remedy}"):
+        step()
+    assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("shape", [(8, 3), (1, 3), (3,), (8, 1), (1,), ()])
+def test_a_target_may_be_broadcast_to_the_output(shape: tuple[int, ...]) -> None:
+    model, criterion = net(), nn.MSELoss()
+    optimizer = KFAC(model, lr=0.1, criterion=criterion)
+    criterion(model(X), torch.zeros(shape)).backward()
+    optimizer.step()
+    assert optimizer.diagnostics()["factor_updates"] == 1
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+def test_a_call_that_fails_shows_its_own_error() -> None:
+    model = Dict()
+    optimizer = KFAC(model, lr=0.1, criterion=nn.CrossEntropyLoss(), outputs="logits")
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        model(torch.ones(2, 5))
+    assert optimizer.diagnostics()["steps"] == 0
+
+
+@pytest.mark.promise("names that match nothing")
+@pytest.mark.parametrize(
+    ("settings", "nearest"),
+    [
+        ({"skip": ["iner"]}, "'inner'"),
+        ({"skip": [nn.LazyLinear]}, "'Linear'"),
+        ({"position_mask": "msk"}, "'mask'"),
+    ],
+)
+def test_a_name_that_matches_nothing_comes_with_the_nearest(
+    settings: dict[str, Any], nearest: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"must be .* but got .* Did you mean {nearest}\?"):
+        KFAC(Dict(), lr=0.1, **settings)

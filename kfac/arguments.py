@@ -17,16 +17,13 @@ class Constraint:
 
 
 def argument_error(
-    owner: str, argument: str, constraint: str, value: object, remedy: str = ""
+    owner: str, argument: str, constraint: str, value: object, remedy: str
 ) -> ValueError:
     """Build the error that every check of this package raises."""
-    message = f"{owner}({argument}=...) must be {constraint}, but got {value!r}."
-    return ValueError(f"{message} {remedy}".rstrip())
+    return ValueError(f"{owner}({argument}=...) must be {constraint}, but got {value!r}. {remedy}")
 
 
-def check(
-    owner: str, argument: str, value: object, constraint: Constraint, remedy: str = ""
-) -> None:
+def check(owner: str, argument: str, value: object, constraint: Constraint, remedy: str) -> None:
     """Raise ``ValueError`` unless ``value`` meets ``constraint``."""
     if not constraint.accepts(value):
         raise argument_error(owner, argument, constraint.text, value, remedy)

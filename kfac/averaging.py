@@ -40,7 +40,7 @@ def parameter_average(decay: float = 0.99) -> Average:
         Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
         Curvature", experiments, with ξ = 0.99.
     """
-    check("parameter_average", "decay", decay, UNIT_INTERVAL)
+    check("parameter_average", "decay", decay, UNIT_INTERVAL, "The default is 0.99.")
     return partial(_average, decay=decay)
 
 

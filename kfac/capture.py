@@ -69,6 +69,7 @@ class Capture:
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
         fraction: Share of a batch's examples that moments are estimated from.
         records_calls: Whether the model's calls are kept until the step, to be made again.
+        owner: Class name in error messages.
 
     Attributes:
         recorder: The calls that are kept; None if none are.
@@ -97,7 +98,9 @@ class Capture:
         bases: Bases | None,
         fraction: float,
         records_calls: bool = False,
+        owner: str = "KFAC",
     ) -> None:
+        self._owner = owner
         self.fisher = fisher
         self.likelihood = likelihood
         self.outputs = outputs
@@ -124,7 +127,7 @@ class Capture:
         self._model = model
         self._signature = inspect.signature(unwrapped(model).forward)
         if isinstance(position_mask, str):
-            _check_parameter(position_mask, self._signature)
+            _check_parameter(owner, position_mask, self._signature)
         self._layers = layers
         self.taps = Taps(model, layers, self._visit, self._key)
         self._handles = self._register(model, criterion)
@@ -189,7 +192,13 @@ class Capture:
         terms = self.loss_terms if self.loss_terms is not None else batch_size
         if callable(terms):
             terms = terms(*args, **kwargs)
-            check("KFAC", "loss_terms", terms, POSITIVE_INTEGER, "(returned by the function)")
+            check(
+                self._owner,
+                "loss_terms",
+                terms,
+                POSITIVE_INTEGER,
+                "It was returned by the function for this batch.",
+            )
         self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs, batch_size))
         if self.recorder is not None:
             self._record.repeatable = self.recorder.begin(args, kwargs)
@@ -226,7 +235,7 @@ class Capture:
             self._has_seen_mask = True
             return
         raise argument_error(
-            "KFAC", "position_mask", f"{constraint} [{examples}, T]", found,
+            self._owner, "position_mask", f"{constraint} [{examples}, T]", found,
             "Let it be 1 where a position is real and 0 where it is padding.",
         )  # fmt: skip
 
@@ -282,7 +291,7 @@ class Capture:
     def _no_such_output(self, output: Any, found: str) -> ValueError:
         keys = f" with the keys {list(output)}" if isinstance(output, Mapping) else ""
         return argument_error(
-            "KFAC", "outputs", "what picks a tensor out of the model's output", self.outputs,
+            self._owner, "outputs", "what picks a tensor out of the model's output", self.outputs,
             f"It picks {found} out of a {type(output).__name__}{keys}. Pass the key or the index "
             "of the tensor that the loss is computed from, or a function that returns it.",
         )  # fmt: skip
@@ -517,13 +526,13 @@ def _scalar(likelihood: Likelihood, output: Tensor, target: Tensor | None) -> Te
     )
 
 
-def _check_parameter(name: str, signature: inspect.Signature) -> None:
+def _check_parameter(owner: str, name: str, signature: inspect.Signature) -> None:
     """Refuse the name of an argument that a model does not take."""
     parameters = signature.parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if name not in parameters and not takes_any:
         raise argument_error(
-            "KFAC", "position_mask", f"one of the model's arguments {list(parameters)}", name,
+            owner, "position_mask", f"one of the model's arguments {list(parameters)}", name,
             nearest(name, parameters) or "Or pass a function of them.",
         )  # fmt: skip
 

@@ -56,7 +56,10 @@ class Fallback:
     def _check(self, fallback: object, parameters: Sequence[Sequence[nn.Parameter]]) -> None:
         constraint = "a function that makes a torch.optim.Optimizer of the groups that it is given"
         if not isinstance(self.optimizer, torch.optim.Optimizer):
-            raise argument_error("KFAC", "fallback", constraint, fallback)
+            raise argument_error(
+                "KFAC", "fallback", constraint, fallback,
+                f"It returned a {type(self.optimizer).__name__}; return the optimizer.",
+            )  # fmt: skip
         taken = [[id(p) for p in group["params"]] for group in self.optimizer.param_groups]
         if taken != [[id(p) for p in members] for members in parameters]:
             raise argument_error(

@@ -338,7 +338,7 @@ def checked_fisher(owner: str, fisher: FisherType | None, criterion: object) -> 
     """
     if fisher is None:
         return "empirical" if criterion is None else "mc"
-    check(owner, "fisher", fisher, one_of(get_args(FisherType)))
+    check(owner, "fisher", fisher, one_of(get_args(FisherType)), "Leave it out for the default.")
     if criterion is None and fisher in ("mc", "type-2"):
         raise argument_error(
             owner, "fisher", "'empirical' or 'forward-only' without a criterion", fisher,

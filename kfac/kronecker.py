@@ -296,7 +296,7 @@ class KroneckerBlock:
     def _damped(self, method: str, damping: float) -> Tensor:
         """The eigenvalues of F + λI, ``[groups, d_out, d_in]``, all positive."""
         owner = f"KroneckerBlock.{method}"
-        check(owner, "damping", damping, NON_NEGATIVE)
+        check(owner, "damping", damping, NON_NEGATIVE, "Pass 0 for the factors as they are.")
         damped = self._decomposition.eigenvalues + damping
         rank = int((damped > 0).sum())
         if rank < damped.numel():

@@ -98,12 +98,15 @@ class LevenbergMarquardt:
             ("least_ratio", self.least_ratio, _LEAST_RATIO),
             ("search_period", self.search_period, _SEARCH),
         ):
-            check("LevenbergMarquardt", argument, value, constraint)
+            remedy = f"The default is {getattr(type(self), argument)}."
+            check("LevenbergMarquardt", argument, value, constraint, remedy)
         lower, upper = self.bounds
         within = Constraint(
             f"within bounds={self.bounds}", lambda v: v is None or lower <= v <= upper
         )
-        check("LevenbergMarquardt", "initial", self.initial, within)
+        check(
+            "LevenbergMarquardt", "initial", self.initial, within, "Widen the bounds, or pass None."
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether λ is adapted after the step that follows ``step`` completed ones."""

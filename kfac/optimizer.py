@@ -154,11 +154,11 @@ class KFAC(torch.optim.Optimizer):
         seed: int = 0,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise argument_error("KFAC", "model", "a torch.nn.Module", model)
-        check("KFAC", "kl_clip", kl_clip, _KL_CLIP)
-        check("KFAC", "graft", graft, GRAFT)
-        check("KFAC", "burn_in", burn_in, NON_NEGATIVE_INTEGER)
-        check("KFAC", "model_fraction", model_fraction, FRACTION)
+            raise argument_error("KFAC", "model", "a torch.nn.Module", model, "Pass KFAC(model).")
+        check("KFAC", "kl_clip", kl_clip, _KL_CLIP, "Pass None for no trust region.")
+        check("KFAC", "graft", graft, GRAFT, "Pass None for no graft.")
+        check("KFAC", "burn_in", burn_in, NON_NEGATIVE_INTEGER, "Pass 0 for none.")
+        check("KFAC", "model_fraction", model_fraction, FRACTION, "Pass 1 for the whole batch.")
         self.kl_clip = kl_clip
         self.burn_in = burn_in
         self._graft = None if graft is None else Graft(graft)
@@ -220,7 +220,11 @@ class KFAC(torch.optim.Optimizer):
             self._automatic = AutomaticStep(self._engine, settings)
         self._fallback_ids: set[int] = set()
         self._fallback_choice = fallback
-        self._fallback = self._make_fallback(fallback)
+        try:
+            self._fallback = self._make_fallback(fallback)
+        except BaseException:
+            self.remove_hooks()
+            raise
         self._kl_clip_scale = torch.ones(())
         # GradScaler then hands over its scale and found_inf instead of deciding by itself.
         self._step_supports_amp_scaling = True
@@ -241,10 +245,11 @@ class KFAC(torch.optim.Optimizer):
             ValueError: If a setting of the group violates its constraint or cannot be set per
                 group; nothing has changed then.
         """
+        found = members_of("KFAC", param_group)
         refuse_unknown(param_group)
-        param_group["params"] = members_of("KFAC", param_group)
+        param_group["params"] = found
         others = [p for group in self.param_groups for p in group["params"]]
-        refuse_twice("KFAC", others + unnamed(param_group["params"]))
+        refuse_twice("KFAC", others + unnamed(found))
         settings = self.defaults | param_group
         check_added(settings)
         if self._is_automatic:
@@ -281,8 +286,9 @@ class KFAC(torch.optim.Optimizer):
             return None
         if fallback != "adamw" and not callable(fallback):
             raise argument_error(
-                "KFAC", "fallback", "'sgd', 'adamw' or a function that makes an optimizer", fallback
-            )
+                "KFAC", "fallback", "'sgd', 'adamw' or a function that makes one", fallback,
+                "Others are made by a function: lambda groups: torch.optim.Adam(groups).",
+            )  # fmt: skip
         taken = {id(p) for layer in self._engine.layers for p in layer.parameters}
         rest = [[p for p in g["params"] if id(p) not in taken] for g in self.param_groups]
         self._fallback_ids = {id(p) for members in rest for p in members}
@@ -631,7 +637,7 @@ def _check_automatic(
         )  # fmt: skip
     for argument, value in (("nesterov", nesterov), ("maximize", maximize)):
         if value:
-            raise argument_error("KFAC", argument, f"False {means}", value)
+            raise argument_error("KFAC", argument, f"False {means}", value, "Leave it out.")
 
 
 def _plain(value: Any) -> Any:

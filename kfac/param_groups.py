@@ -164,17 +164,17 @@ def checked_params(owner: str, model: nn.Module, params: Any) -> list[nn.Paramet
     return given
 
 
-def members_of(owner: str, group: Mapping[str, Any]) -> list[Any]:
+def members_of(owner: str, group: Any) -> list[Any]:
     """The parameters of a parameter group, where they have names as pairs.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or it is no group.
     """
-    given = group.get("params")
+    given = group.get("params") if isinstance(group, dict) else group
     found = [given] if isinstance(given, Tensor) else _listed(owner, given)
     if not found or not all(isinstance(p, Tensor) for p in unnamed(found)):
         raise argument_error(
-            owner, "params", "groups whose 'params' are parameters", given,
+            owner, "params", "dicts whose 'params' are parameters", given,
             "Pass model.parameters(); a generator is empty once used.",
         )  # fmt: skip
     return found
@@ -315,7 +315,7 @@ class _Skipped:
         if self.unused:
             raise argument_error(
                 self.owner, "skip", "names, globs or types of modules in the model", self.unused[0],
-                f"Nothing matches it; see model.named_modules(). {self._nearest(self.unused[0])}",
+                self._nearest(self.unused[0]) or "Nothing matches it; see model.named_modules().",
             )  # fmt: skip
 
 
@@ -336,5 +336,5 @@ def _sharing(owner: str, rule: SharingRule, name: str, module: nn.Module) -> Wei
         return "reduce"
     raise argument_error(
         owner, "weight_sharing", "'expand', 'reduce' or a function returning one of them", chosen,
-        f"(for the module {name!r})",
+        f"That is for the module {name!r}.",
     )  # fmt: skip

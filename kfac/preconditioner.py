@@ -179,22 +179,39 @@ class Preconditioner:
         records_calls: bool = False,
     ) -> None:
         if not isinstance(model, nn.Module):
-            raise argument_error(owner, "model", "a torch.nn.Module", model)
+            raise argument_error(
+                owner, "model", "a torch.nn.Module", model, f"Pass {owner}(model)."
+            )
         for argument, value, constraint, remedy in (
-            ("outputs", outputs, OUTPUTS, ""),
-            ("num_samples", num_samples, POSITIVE_INTEGER, ""),
-            ("max_vectors", max_vectors, POSITIVE_INTEGER, ""),
-            ("loss_reduction", loss_reduction, one_of(["mean", "sum", None]), ""),
-            ("loss_terms", loss_terms, LOSS_TERMS, ""),
-            ("position_mask", position_mask, POSITION_MASK, ""),
-            ("factor_decay", factor_decay, UNIT_INTERVAL, ""),
-            ("factor_fraction", factor_fraction, FRACTION, ""),
-            ("stagger_refreshes", stagger_refreshes, BOOLEAN, ""),
-            ("refresh_tolerance", refresh_tolerance, _TOLERANCE, ""),
-            ("grad_scaler", grad_scaler, _GRAD_SCALER, ""),
+            (
+                "outputs",
+                outputs,
+                OUTPUTS,
+                "It picks the tensor of the loss out of the model's output.",
+            ),
+            ("num_samples", num_samples, POSITIVE_INTEGER, "The default is 1."),
+            ("max_vectors", max_vectors, POSITIVE_INTEGER, "The default is 1024."),
+            (
+                "loss_reduction",
+                loss_reduction,
+                one_of(["mean", "sum", None]),
+                "Leave it out for a mean.",
+            ),
+            ("loss_terms", loss_terms, LOSS_TERMS, "Leave it out for the batch size."),
+            (
+                "position_mask",
+                position_mask,
+                POSITION_MASK,
+                "A mask itself differs from batch to batch.",
+            ),
+            ("factor_decay", factor_decay, UNIT_INTERVAL, "The default is 0.95."),
+            ("factor_fraction", factor_fraction, FRACTION, "Pass 1 for whole batches."),
+            ("stagger_refreshes", stagger_refreshes, BOOLEAN, "The default is True."),
+            ("refresh_tolerance", refresh_tolerance, _TOLERANCE, "Pass None to skip no refresh."),
+            ("grad_scaler", grad_scaler, _GRAD_SCALER, "Pass the object that scales the loss."),
             ("skip", skip, SKIP, "A single entry still goes into a tuple."),
-            ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, ""),
-            ("seed", seed, INTEGER, ""),
+            ("max_factor_dim", max_factor_dim, POSITIVE_INTEGER, "The default is 1024."),
+            ("seed", seed, INTEGER, "The default is 0."),
         ):
             check(owner, argument, value, constraint, remedy)
         self.damping = Scheduled(owner, "damping", damping, POSITIVE)
@@ -260,6 +277,7 @@ class Preconditioner:
             "fraction": factor_fraction,
             "vectors": self._vectors,
             "records_calls": records_calls,
+            "owner": owner,
         }
         self.capture = self._watch()
         self._joining = model.register_forward_pre_hook(ModuleHook(model, self._join))

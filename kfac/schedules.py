@@ -39,10 +39,19 @@ class Scheduled(Generic[T]):
     def at(self, step: int) -> T:
         """Return the value after ``step`` completed steps."""
         if not callable(self.value):
-            check(self.owner, self.argument, self.value, self.constraint)
+            check(
+                self.owner, self.argument, self.value, self.constraint,
+                "Pass a constant, or a function of the step.",
+            )  # fmt: skip
             return self.value
         value = self.value(step)
-        check(self.owner, self.argument, value, self.constraint, f"(its schedule at step {step})")
+        check(
+            self.owner,
+            self.argument,
+            value,
+            self.constraint,
+            f"It is of its schedule at step {step}: correct the function.",
+        )
         return value
 
 

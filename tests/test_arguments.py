@@ -115,7 +115,7 @@ def test_a_bad_value_fails_at_construction(
     if in_signature and argument not in {"model", "params"} and "params" not in others:
         arguments[argument] = value
     with pytest.raises(
-        ValueError, match=rf"\({argument}=\.\.\.\) must be .*, but got .*\."
+        ValueError, match=rf"\({argument}=\.\.\.\) must be .*, but got .*\. \S.*[.?]$"
     ) as info:
         owner(model, **arguments)
     assert str(info.value).split("(")[0] in {owner.__name__, "CrossEntropyLoss"}

@@ -1,6 +1,8 @@
 """What cannot work is reported before a step changes anything, with what to do about it."""
 
 import copy
+import gc
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -827,3 +829,105 @@ def test_a_name_that_matches_nothing_comes_with_the_nearest(
 ) -> None:
     with pytest.raises(ValueError, match=rf"must be .* but got .* Did you mean {nearest}\?"):
         KFAC(Dict(), lr=0.1, **settings)
+
+
+# --- arguments ------------------------------------------------------------------------------------
+
+WRONG_TYPES: list[Any] = [None, "nonsense", ["nonsense"], {"a": 1}, NAN, True, 1j, object()]
+FINE: dict[str, list[Any]] = {
+    **{key: [True] for key in ("nesterov", "maximize", "stagger_refreshes")},
+    **{
+        key: [None]
+        for key in (
+            "params", "criterion", "outputs", "fisher", "loss_reduction", "loss_terms",
+            "position_mask", "refresh_tolerance", "kl_clip", "graft", "grad_scaler",
+        )
+    },
+}  # fmt: skip
+MISTAKES = [
+    (owner, argument, value)
+    for owner in (KFAC, Preconditioner)
+    for argument in inspect.signature(owner).parameters
+    for value in WRONG_TYPES
+    if argument not in ("owner", "records_calls")
+    and value not in FINE.get(argument, [])
+    and not (owner is KFAC and argument.endswith("_period") and value is None)
+]
+
+
+@pytest.mark.promise("arguments")
+@pytest.mark.parametrize(
+    ("owner", "argument", "value"),
+    MISTAKES,
+    ids=[f"{owner.__name__}-{argument}-{value!r}"[:50] for owner, argument, value in MISTAKES],
+)
+def test_an_argument_of_the_wrong_type_is_refused(owner: type, argument: str, value: Any) -> None:
+    arguments: dict[str, Any] = {"model": net()} | {argument: value}
+    form = rf"(?s)^{owner.__name__}\({argument}=\.\.\.\) must be .+, but got (.+?)\. (\S.*[.?])$"
+    with pytest.raises(ValueError, match=form) as info:
+        owner(**arguments)
+    shown = value[0] if isinstance(value, list) else value
+    assert repr(shown) in str(info.value)
+
+
+@pytest.mark.promise("arguments")
+def test_a_failed_construction_leaves_no_hooks() -> None:
+    model, criterion = net(), nn.CrossEntropyLoss()
+    for argument in (
+        {"fallback": "adam"},
+        {"lr": -1.0},
+        {"skip": ["none"]},
+        {"position_mask": "m"},
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            KFAC(model, criterion=criterion, **argument)
+    gc.collect()
+    for module in [*model.modules(), criterion]:
+        hooks = [*module._forward_hooks, *module._forward_pre_hooks, *module._backward_hooks]
+        assert hooks == []
+
+
+@pytest.mark.promise("arguments")
+@pytest.mark.parametrize("closure", [torch.ones(()), 1.0, "loss"])
+def test_a_closure_that_is_none_is_refused(closure: Any) -> None:
+    model = net()
+    optimizer = KFAC(model, lr=0.1)
+    model(X).square().mean().backward()
+    before = everything(model, optimizer)
+    with pytest.raises(
+        ValueError, match=r"KFAC.step\(closure=\.\.\.\) must be .*Call loss.backward"
+    ):
+        optimizer.step(closure)
+    assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.promise("keys of parameter groups")
+@pytest.mark.parametrize(
+    "group", [None, [], "params", {"lr": 0.1}, {"params": [1.0]}, {"params": []}]
+)
+def test_a_group_that_is_none_is_refused(group: Any) -> None:
+    optimizer = KFAC(net(), lr=0.1)
+    with pytest.raises(ValueError, match=r"KFAC\(params=\.\.\.\) must be .* Pass "):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.promise("arguments")
+def test_parameters_may_come_in_any_form_that_torch_takes() -> None:
+    model = net()
+    forms: list[Callable[[], Any]] = [
+        model.parameters,
+        lambda: list(model.parameters()),
+        lambda: tuple(model.parameters()),
+        lambda: [{"params": model.parameters()}],
+        lambda: iter([{"params": model[0].weight}, {"params": [model[2].weight], "lr": 0.2}]),
+        model.named_parameters,
+        lambda: [{"params": model.named_parameters()}],
+    ]
+    for form in forms:
+        optimizer = KFAC(model, form(), lr=0.1)
+        model(X).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert all(isinstance(p, Tensor) for g in optimizer.param_groups for p in g["params"])
+        optimizer.remove_hooks()

@@ -39,6 +39,7 @@ class Inverse(ABC):
             "max_consecutive_failures",
             self.max_consecutive_failures,
             POSITIVE_INTEGER,
+            "The default is 10.",
         )
 
     @property
@@ -142,4 +143,7 @@ def resolve(
     if isinstance(inverse, str) and inverse in strategies:
         return strategies[inverse]()
     names = ", ".join(repr(name) for name in strategies)
-    raise argument_error(owner, "inverse", f"one of {names} or a strategy object", inverse)
+    raise argument_error(
+        owner, "inverse", f"one of {names} or a strategy object", inverse,
+        "An object is made by a call: Eigen(), not Eigen.",
+    )  # fmt: skip

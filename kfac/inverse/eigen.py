@@ -57,9 +57,9 @@ class Eigen(Inverse):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        check(owner, "warm_start", self.warm_start, BOOLEAN)
-        check(owner, "tolerance", self.tolerance, POSITIVE)
-        check(owner, "max_rotations", self.max_rotations, POSITIVE_INTEGER)
+        check(owner, "warm_start", self.warm_start, BOOLEAN, "The default is False.")
+        check(owner, "tolerance", self.tolerance, POSITIVE, "The default is 0.02.")
+        check(owner, "max_rotations", self.max_rotations, POSITIVE_INTEGER, "The default is 8.")
 
     @property
     def name(self) -> str:

@@ -61,8 +61,8 @@ class InverseFree(FactoredDamping):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        check(owner, "iterations", self.iterations, POSITIVE_INTEGER)
-        check(owner, "step_size", self.step_size, STEP_SIZE)
+        check(owner, "iterations", self.iterations, POSITIVE_INTEGER, "The default is 5.")
+        check(owner, "step_size", self.step_size, STEP_SIZE, "The default is 1.")
 
     @property
     def name(self) -> str:

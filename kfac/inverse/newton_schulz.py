@@ -61,8 +61,8 @@ class NewtonSchulz(FactoredDamping):
     def __post_init__(self) -> None:
         super().__post_init__()
         owner = type(self).__name__
-        check(owner, "max_iterations", self.max_iterations, POSITIVE_INTEGER)
-        check(owner, "tolerance", self.tolerance, POSITIVE)
+        check(owner, "max_iterations", self.max_iterations, POSITIVE_INTEGER, "The default is 40.")
+        check(owner, "tolerance", self.tolerance, POSITIVE, "The default is 0.01.")
 
     @property
     def name(self) -> str:

@@ -32,18 +32,12 @@ from kfac.group_settings import (
 from kfac.inverse import Inverse, InverseName
 from kfac.kronecker import CurvatureBlocks
 from kfac.levenberg_marquardt import LevenbergMarquardt
-from kfac.param_groups import (
-    SharingRule,
-    Skip,
-    entries,
-    members_of,
-    refuse_twice,
-    unnamed,
-)
+from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled, growing_period, growing_refresh_period
 from kfac.state import Parts
 from kfac.summary import Summary
+from kfac.trainable import entries, members_of, refuse_twice, unnamed
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
 _CLOSURE = Constraint(

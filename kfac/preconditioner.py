@@ -41,16 +41,10 @@ from kfac.fisher import (
 from kfac.hooks import ModuleHook
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
 from kfac.kronecker import CurvatureBlocks, KroneckerBlock
-from kfac.param_groups import (
-    SKIP,
-    SharingRule,
-    Skip,
-    checked_params,
-    find_layers,
-    refuse_strangers,
-)
+from kfac.param_groups import SKIP, SharingRule, Skip, find_layers
 from kfac.schedules import Scheduled
 from kfac.summary import Summary, summarize
+from kfac.trainable import checked_params, refuse_strangers
 from kfac.update import all_finite
 from kfac.vectors import OutputVectors
 

@@ -16,7 +16,7 @@ ALLOWED = {
     **dict.fromkeys(
         ["arguments", "averaging", "covariance", "damping", "factors", "fisher"], NOTHING
     ),
-    **dict.fromkeys(["assignment", "graph", "group_settings", "hooks"], NOTHING),
+    **dict.fromkeys(["assignment", "graph", "group_settings", "hooks", "trainable"], NOTHING),
     **dict.fromkeys(["forward_mode", "names", "products", "schedules", "update"], NOTHING),
     "example_gradients": {"products"},
     "layers": {"covariance", "example_gradients", "factors"},

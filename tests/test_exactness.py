@@ -315,11 +315,15 @@ def check_natural_gradient(problem: Problem, **settings: object) -> None:
         close(moved[layer], -oracles.solve(fisher, PLAIN["damping"], gradient))
 
 
+@pytest.mark.promise("`nn.CrossEntropyLoss`")
+@pytest.mark.promise("`nn.BCEWithLogitsLoss`")
+@pytest.mark.promise("`nn.MSELoss`")
 @pytest.mark.parametrize("name", EXACT)
 def test_step_is_the_dense_natural_gradient(name: str) -> None:
     check_natural_gradient(build(EXACT, name))
 
 
+@pytest.mark.promise('`reduction="mean"`, `"sum"` and `"none"`')
 @pytest.mark.parametrize("name", LOSSES)
 def test_step_is_that_of_the_mean_loss_for_a_summed_one(name: str) -> None:
     problem = build(LOSSES, name)

@@ -361,6 +361,7 @@ UNKNOWN: dict[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]] =
 }
 
 
+@pytest.mark.promise("a loss computed without calling the criterion object")
 @pytest.mark.parametrize("fisher", ["mc", "type-2"])
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_targets_are_an_error_where_the_fisher_needs_them(name: str, fisher: str) -> None:

@@ -145,6 +145,7 @@ class Poisson:
             yield vector
 
 
+@pytest.mark.promise("a loss of your own")
 def test_a_likelihood_of_ones_own_gives_its_exact_fisher() -> None:
     model, loss = nn.Linear(3, 2, bias=False).double(), Poisson()
     assert isinstance(loss, Likelihood)
@@ -606,6 +607,7 @@ def test_keyword_input_and_keyword_criterion_work() -> None:
     assert optimizer.diagnostics()["factor_updates"] == 1
 
 
+@pytest.mark.promise("`model.to(dtype)` after steps")
 def test_the_model_may_move_and_change_dtype_after_construction() -> None:
     model, criterion = net(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, lr=0.1, criterion=criterion, inverse=Cholesky())

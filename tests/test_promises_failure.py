@@ -795,7 +795,7 @@ def test_a_mistake_in_a_batch_is_reported_before_anything_changes(case: str, tra
     assert_same(everything(model, optimizer), before)
 
 
-@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.promise("`nn.MSELoss`")
 @pytest.mark.filterwarnings("ignore:Using a target size")
 @pytest.mark.parametrize("shape", [(8, 3), (1, 3), (3,), (8, 1), (1,), ()])
 def test_a_target_may_be_broadcast_to_the_output(shape: tuple[int, ...]) -> None:
@@ -931,3 +931,79 @@ def test_parameters_may_come_in_any_form_that_torch_takes() -> None:
         optimizer.zero_grad()
         assert all(isinstance(p, Tensor) for g in optimizer.param_groups for p in g["params"])
         optimizer.remove_hooks()
+
+
+@pytest.mark.promise('`reduction="mean"`, `"sum"` and `"none"`')
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "empirical"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_an_unreduced_loss_steps_like_the_loss_it_is_reduced_to(
+    reduction: Any, fisher: Any
+) -> None:
+    model = net()
+    models = [model, copy.deepcopy(model)]
+    for model, declared in zip(models, (reduction, "none"), strict=True):
+        criterion = nn.CrossEntropyLoss(reduction=declared)
+        settings = {"loss_reduction": reduction} if declared == "none" else {}
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher=fisher, **settings)
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss = criterion(model(X), Y)
+            (loss if declared != "none" else getattr(loss, reduction)()).backward()
+            optimizer.step()
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.promise("a loss computed without calling the criterion object")
+@pytest.mark.parametrize(
+    ("x", "ignored", "is_warned_of"), [(X, -100, False), (X, 1, True), (S, -100, True)]
+)
+def test_targets_that_are_not_seen_are_warned_of(
+    x: Tensor, ignored: int, is_warned_of: bool
+) -> None:
+    model = nn.Linear(4, 3)
+    optimizer = KFAC(model, lr=0.1, criterion=nn.CrossEntropyLoss(ignore_index=ignored))
+    loss = model(x).square().mean()
+    if is_warned_of:
+        with pytest.warns(UserWarning, match="does not see the targets"):
+            loss.backward()
+    else:
+        loss.backward()
+    optimizer.step()
+
+
+MISTAKEN: dict[str, Callable[[nn.Module, nn.Module], Any]] = {
+    "inputs of another width": lambda model, criterion: model(torch.ones(8, 5)),
+    "inputs of another dtype": lambda model, criterion: model(X.double()),
+    "targets of another batch": lambda model, criterion: criterion(model(X), Y[:7]),
+    "targets out of range": lambda model, criterion: criterion(model(X), Y + 3),
+    "targets of another dtype": lambda model, criterion: criterion(model(X), Y.float()),
+    "class weights of another length": lambda model, criterion: nn.CrossEntropyLoss(torch.ones(4))(
+        model(X), Y
+    ),
+    "backward of many": lambda model, criterion: model(X).backward(),
+    "an error of the loop": lambda model, criterion: criterion(model(X), Y) / None,
+}
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.parametrize("fisher", ["mc", "type-2", "empirical", "forward-only"])
+@pytest.mark.parametrize("mistake", MISTAKEN)
+def test_after_a_mistake_that_torch_reports_training_goes_on_as_if_it_had_not_been(
+    mistake: str, fisher: Any
+) -> None:
+    model = net()
+    models = [model, copy.deepcopy(model)]
+    optimizers = []
+    for model in models:
+        criterion = nn.CrossEntropyLoss()
+        optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher=fisher, factor_update_period=1)
+        for step in range(4):
+            if model is models[1] and step % 2 == 0:
+                with pytest.raises((RuntimeError, IndexError, ValueError, TypeError)):
+                    MISTAKEN[mistake](model, criterion)
+            optimizer.zero_grad()
+            criterion(model(X), Y).backward()
+            optimizer.step()
+        optimizers.append(optimizer)
+    assert_same(everything(models[0], optimizers[0]), everything(models[1], optimizers[1]))

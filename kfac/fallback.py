@@ -110,6 +110,8 @@ class Fallback:
     def adopt(self, other: "Fallback") -> None:
         """Take over settings and state from a fallback for an earlier set of parameters."""
         members = {p for group in self.optimizer.param_groups for p in group["params"]}
+        if other._places != other._where_parameters_are():
+            self._places = []  # the state has yet to follow
         for parameter, state in other.optimizer.state.items():
             if parameter in members:
                 self.optimizer.state[parameter] = state

@@ -52,7 +52,6 @@ _REMEDIES = {
     "nesterov": "It needs momentum > 0.",
     "weight_decay": "Pass 0 for none.",
     "maximize": "Pass True to ascend.",
-    "damping": "Common values are 1e-3 to 1.",
 }
 _WHEN_ADDED = _SETTINGS | {key: _or_auto(_SETTINGS[key]) for key in ("lr", "momentum")}
 _LR_IN_USE = Constraint(_LR_TEXT, lambda v: _is_lr(v, waits=False))
@@ -76,7 +75,7 @@ def refuse_unknown(group: Mapping[str, Any]) -> None:
         raise argument_error(
             "KFAC", "params", f"groups that set only {', '.join(sorted(_SETTINGS))}",
             f"{key!r} in a group",
-            nearest(key, _SETTINGS) or "What holds for all groups is an argument of KFAC.",
+            nearest(str(key), _SETTINGS) or "What holds for all groups is an argument of KFAC.",
         )  # fmt: skip
 
 
@@ -86,9 +85,8 @@ def check_added(settings: Mapping[str, Any]) -> None:
     Raises:
         ValueError: If one violates its constraint.
     """
-    for key, constraint in _WHEN_ADDED.items():
-        if key != "damping":
-            check("KFAC", key, settings[key], constraint, _REMEDIES[key])
+    for key, remedy in _REMEDIES.items():
+        check("KFAC", key, settings[key], _WHEN_ADDED[key], remedy)
     _check_nesterov(settings)
 
 

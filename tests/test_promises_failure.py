@@ -1007,3 +1007,19 @@ def test_after_a_mistake_that_torch_reports_training_goes_on_as_if_it_had_not_be
             optimizer.step()
         optimizers.append(optimizer)
     assert_same(everything(models[0], optimizers[0]), everything(models[1], optimizers[1]))
+
+
+@pytest.mark.promise("`model.to(dtype)` after steps")
+@pytest.mark.parametrize("settings", MODES.values(), ids=MODES.keys())
+def test_layers_may_be_updated_after_the_model_was_converted(settings: dict[str, Any]) -> None:
+    models = [net(), net()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [made(model, settings) for model in models]
+    for model, optimizer in zip(models, optimizers, strict=True):
+        run(model, optimizer, 3)
+        model.double()
+        if model is models[1]:
+            optimizer.update_layers()
+        run(model, optimizer, 3)
+    for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)

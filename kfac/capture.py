@@ -199,15 +199,13 @@ class Capture:
                 POSITIVE_INTEGER,
                 "It was returned by the function for this batch.",
             )
-        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs, batch_size))
+        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
         if self.recorder is not None:
             self._record.repeatable = self.recorder.begin(args, kwargs)
         self.taps.record = self._record
         self._in_forward = True
 
-    def _mask(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], batch_size: int | None
-    ) -> Tensor | None:
+    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
         """Which positions of a call are real, as a boolean tensor."""
         if self.position_mask is None:
             return None
@@ -219,23 +217,17 @@ class Capture:
             mask = self._signature.bind_partial(*args, **kwargs).arguments.get(self.position_mask)
         if mask is None:
             return None
-        self._check_mask(mask, batch_size)
-        return mask.detach() != 0
-
-    def _check_mask(self, mask: Any, batch_size: int | None) -> None:
-        constraint = "the name of a tensor argument, or a function that returns a tensor"
-        examples = "N" if batch_size is None else batch_size
-        if not isinstance(mask, Tensor):
-            found: object = mask
-        elif mask.dim() < 2 or batch_size not in (None, len(mask)):
-            found = f"a tensor of shape {tuple(mask.shape)}"
-        elif not self._has_seen_mask and mask.is_floating_point() and bool((mask < 0).any()):
+        found: object = mask
+        if isinstance(mask, Tensor):
+            # Looked at once, since it waits for the device.
+            is_new = not self._has_seen_mask
+            if not (is_new and mask.is_floating_point() and bool((mask < 0).any())):
+                self._has_seen_mask = True
+                return mask.detach() != 0
             found = "a tensor with negative elements, as for adding to attention scores"
-        else:
-            self._has_seen_mask = True
-            return
         raise argument_error(
-            self._owner, "position_mask", f"{constraint} [{examples}, T]", found,
+            self._owner, "position_mask",
+            "the name of a tensor argument, or a function that returns a tensor [N, T]", found,
             "Let it be 1 where a position is real and 0 where it is padding.",
         )  # fmt: skip
 

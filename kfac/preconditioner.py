@@ -396,7 +396,8 @@ class Preconditioner:
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
-        if self.capture.statistics.mask_fits is False:
+        mask_fits, self.capture.statistics.mask_fits = self.capture.statistics.mask_fits, None
+        if mask_fits is False:
             raise argument_error(
                 self._finding["owner"], "position_mask", "[N, T] like the input of a layer",
                 "a mask that no layer's input has the shape of",

@@ -88,7 +88,8 @@ class Statistics:
 
     Attributes:
         expanded: Layers that are under ``"reduce"`` and whose examples were not known.
-        mask_fits: Whether a mask had the positions of any layer; None before there was one.
+        mask_fits: Whether the masks since the last step had the positions of any layer; None
+            without a mask.
 
     Source:
         Eschenhagen et al. 2023, sections 3.1 and 3.2.

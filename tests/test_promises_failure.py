@@ -680,7 +680,7 @@ AT_FIRST: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any, Tensor, 
         {"position_mask": lambda x: [1, 1]},
         lambda output: squared(output, Y),
         S,
-        r"KFAC\(position_mask=\.\.\.\) must be .* a tensor \[8, T\], but got \[1, 1\]",
+        r"KFAC\(position_mask=\.\.\.\) must be .* a tensor \[N, T\], but got \[1, 1\]",
         "1 where a position is real",
     ),
     "mask of another batch": (
@@ -688,16 +688,16 @@ AT_FIRST: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Any, Tensor, 
         {"position_mask": lambda x: torch.ones(7, 5)},
         lambda output: squared(output, Y),
         S,
-        r"KFAC\(position_mask=\.\.\.\) must be .*\[8, T\], but got 'a tensor of shape \(7, 5\)'",
-        "1 where a position is real",
+        r"KFAC\(position_mask=\.\.\.\) must be \[N, T\] like the input of a layer",
+        "Pass a function",
     ),
     "mask without positions": (
         net,
         {"position_mask": lambda x: torch.ones(8)},
         lambda output: squared(output, Y),
         S,
-        r"KFAC\(position_mask=\.\.\.\) must be .*shape \(8,\)",
-        "1 where a position is real",
+        r"KFAC\(position_mask=\.\.\.\) must be \[N, T\] like the input of a layer",
+        "Pass a function",
     ),
     "mask for attention scores": (
         net,
@@ -790,8 +790,25 @@ def test_a_mistake_in_a_batch_is_reported_before_anything_changes(case: str, tra
         (loss or (lambda output: squared(output, Y)))(output).backward()
         optimizer.step()
 
-    with pytest.raises((ValueError, RuntimeError), match=f"(?s){what}.*{remedy}"):
-        step()
+    for _ in range(2):
+        with pytest.raises((ValueError, RuntimeError), match=f"(?s){what}.*{remedy}"):
+            step()
+        optimizer.zero_grad()
+    assert_same(everything(model, optimizer), before)
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+def test_every_batch_needs_a_mask_that_fits() -> None:
+    masks = [torch.ones(8, 5), torch.ones(8, 4)]
+    model = net()
+    optimizer = KFAC(model, lr=0.1, position_mask=lambda x: masks[0], factor_update_period=1)
+    model(S).square().mean().backward()
+    optimizer.step()
+    masks.pop(0)
+    before = everything(model, optimizer)
+    model(S).square().mean().backward()
+    with pytest.raises(ValueError, match="like the input of a layer"):
+        optimizer.step()
     assert_same(everything(model, optimizer), before)
 
 

@@ -37,7 +37,7 @@ from kfac.preconditioner import Damping, Period, Preconditioner
 from kfac.schedules import Scheduled, growing_period, growing_refresh_period
 from kfac.state import Parts
 from kfac.summary import Summary
-from kfac.trainable import entries, members_of, refuse_twice, unnamed
+from kfac.trainable import entries, members_of, refuse_meta, refuse_twice, unnamed
 from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
 
 _CLOSURE = Constraint(
@@ -306,6 +306,8 @@ class KFAC(torch.optim.Optimizer):
                 row (the factors have changed, the parameters have not).
         """
         check("KFAC.step", "closure", closure, _CLOSURE, "Call loss.backward(), then step().")
+        for group in self.param_groups:
+            refuse_meta("KFAC", group["params"])
         check_in_use(self.param_groups, is_automatic=self._is_automatic)
         if self._automatic is not None and (closure is None or not self._is_burning_in):
             return self._take_automatic_step(self._automatic, closure)

@@ -44,7 +44,7 @@ from kfac.kronecker import CurvatureBlocks, KroneckerBlock
 from kfac.param_groups import SKIP, SharingRule, Skip, find_layers
 from kfac.schedules import Scheduled
 from kfac.summary import Summary, summarize
-from kfac.trainable import checked_params, refuse_strangers
+from kfac.trainable import checked_params, refuse_meta, refuse_strangers
 from kfac.update import all_finite
 from kfac.vectors import OutputVectors
 
@@ -330,6 +330,7 @@ class Preconditioner:
         Raises:
             RuntimeError: If a factor update is due and no statistics could be collected.
         """
+        refuse_meta(self._finding["owner"], self.params)
         with torch.autocast(self.params[0].device.type, enabled=False):
             self._precondition()
 

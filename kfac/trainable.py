@@ -90,6 +90,18 @@ def refuse_strangers(owner: str, model: nn.Module, params: Sequence[Tensor]) -> 
         )  # fmt: skip
 
 
+def refuse_meta(owner: str, params: Sequence[Tensor]) -> None:
+    """Refuse to train parameters without memory, which can be looked at but not trained."""
+    for parameter in params:
+        if parameter.is_meta and parameter.requires_grad:
+            raise argument_error(
+                owner, "model", "in memory when it is trained",
+                f"a parameter of shape {tuple(parameter.shape)} on the meta device",
+                "Call model.to_empty(device=...) and initialise the weights before constructing "
+                "the optimizer: it makes new parameters.",
+            )  # fmt: skip
+
+
 def refuse_twice(owner: str, params: Sequence[Tensor]) -> None:
     """Refuse a parameter that would be moved twice in a step."""
     twice = [p for p, count in Counter(params).items() if count > 1]
@@ -152,11 +164,6 @@ def _problem(parameter: Tensor) -> tuple[str, str] | None:
         return f"of type {type(parameter).__name__}", (
             "Sharded, quantised and nested tensors are not supported. In place of FSDP and tensor "
             f"parallelism use DistributedDataParallel, which keeps weights whole, {_LEAVE_OUT}."
-        )
-    if parameter.is_meta:
-        return "on the meta device", (
-            "Construct the optimizer once the weights are there: call "
-            "model.to_empty(device=...), and initialise or load them."
         )
     if parameter.layout != torch.strided:
         return f"of layout {parameter.layout}", f"Make it dense, {_LEAVE_OUT}."

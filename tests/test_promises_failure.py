@@ -219,7 +219,6 @@ def both(model: nn.Module, **settings: Any) -> list[Callable[[], Any]]:
 
 
 KINDS: list[tuple[str, Callable[[], nn.Module], str, str]] = [
-    ("parameters on `meta`", lambda: nn.Linear(2, 2, device="meta"), "on the meta", "to_empty"),
     (
         "complex, float8 or sparse parameters",
         lambda: with_weight(torch.zeros(2, dtype=torch.complex64)),
@@ -276,6 +275,18 @@ def test_what_cannot_be_trained_is_refused_at_construction(
 ) -> None:
     with pytest.raises(ValueError, match=rf"must be .*, but got .*{value}.*{remedy}"):
         both(make())[owner]()
+
+
+@pytest.mark.promise("parameters on `meta`")
+@pytest.mark.parametrize("owner", [0, 1], ids=["KFAC", "Preconditioner"])
+def test_a_model_on_meta_can_be_looked_at_but_not_trained(owner: int) -> None:
+    model = net().to("meta")
+    optimizer = both(model)[owner]()
+    assert optimizer.memory_estimate()["factors"] > 0
+    model.to_empty(device="cpu")
+    model(X).square().mean().backward()  # of new parameters, which the optimizer does not know
+    with pytest.raises(ValueError, match=r"model=\.\.\.\) must be in memory .*to_empty.*before"):
+        optimizer.step()
 
 
 @pytest.mark.promise("complex, float8 or sparse parameters")
@@ -466,7 +477,8 @@ def test_a_model_may_become_less_precise(settings: dict[str, Any], dtype: torch.
     run(model, optimizer, 3)
     assert all(p.dtype == dtype and p.isfinite().all() for p in model.parameters())
     assert optimizer.factor("0")[0].dtype == torch.float32
-    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+    if "lr" not in settings:  # an automatic step may be taken back where the loss is rounded
+        assert optimizer.diagnostics()["nonfinite_batches"] == 0
 
 
 @pytest.mark.promise("`model.to(device)` after steps")

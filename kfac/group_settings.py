@@ -53,7 +53,7 @@ _REMEDIES = {
     "weight_decay": "Pass 0 for none.",
     "maximize": "Pass True to ascend.",
 }
-_WHEN_ADDED = _SETTINGS | {key: _or_auto(_SETTINGS[key]) for key in ("lr", "momentum")}
+WHEN_ADDED = _SETTINGS | {key: _or_auto(_SETTINGS[key]) for key in ("lr", "momentum")}
 _LR_IN_USE = Constraint(_LR_TEXT, lambda v: _is_lr(v, waits=False))
 _IN_USE = _SETTINGS | {"lr": _LR_IN_USE}
 _IN_USE_AUTOMATIC = _IN_USE | {
@@ -86,7 +86,7 @@ def check_added(settings: Mapping[str, Any]) -> None:
         ValueError: If one violates its constraint.
     """
     for key, remedy in _REMEDIES.items():
-        check("KFAC", key, settings[key], _WHEN_ADDED[key], remedy)
+        check("KFAC", key, settings[key], WHEN_ADDED[key], remedy)
     _check_nesterov(settings)
 
 

@@ -23,6 +23,7 @@ from kfac.fallback import Fallback, FallbackName, OptimizerFactory
 from kfac.fisher import FisherType, Likelihood, LossReduction
 from kfac.grafting import GRAFT, Graft, GraftName
 from kfac.group_settings import (
+    WHEN_ADDED,
     check_added,
     check_in_use,
     check_same,
@@ -595,9 +596,13 @@ class KFAC(torch.optim.Optimizer):
 
     @property
     def _parts(self) -> Parts:
-        settings = _GROUP_CONSTRAINTS | {"damping": POSITIVE}
         return Parts(
-            self.param_groups, settings, self._engine, self._graft, self._automatic, self._fallback
+            self.param_groups,
+            WHEN_ADDED,
+            self._engine,
+            self._graft,
+            self._automatic,
+            self._fallback,
         )
 
 

@@ -308,7 +308,6 @@ class Curvature:
         if len(places) > 1:
             raise _apart(places.values())
         bucket.to(*place)
-        self._made_from.clear()
         for mine, state in zip(self.buckets, self.states, strict=True):
             if mine is bucket:
                 state.update({key: tensor.to(*place) for key, tensor in state.items()})

@@ -188,6 +188,7 @@ class AutomaticStep:
             raise RuntimeError(
                 "The closure has not computed a gradient that the quadratic model can be made of. "
                 "It must call the model that K-FAC was given, the criterion, and backward()."
+                + engine.why_missing
             )
         if rule is not None and before and before[0] in recorder.calls:
             raise RuntimeError(

@@ -13,7 +13,7 @@ a batch that was given up, wherever in the loop it stands.
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check, nearest
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
-from kfac.graph import mark, mark_of, marks_behind, receives_gradient
+from kfac.graph import Fate, current_pass, fate_of_gradient, mark, mark_of, marks_behind
 from kfac.hooks import ModuleHook, OutputTap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import Target
@@ -51,6 +51,17 @@ LOSS_TERMS = Constraint(
     lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
 )
 
+# Why a backward pass was not counted; continues "No statistics were collected".
+_DERIVATIVE = (
+    "A gradient from torch.autograd.grad(..., create_graph=True), and a derivative of one, count "
+    "as parts of a loss: where they are the training pass, call loss.backward(create_graph=True)."
+)
+_FOREIGN = (
+    "The model was called with other weights than its own (torch.func.functional_call), which "
+    "says nothing about the curvature of its own: call it with its parameters, or train with an "
+    "optimizer that needs no curvature."
+)
+
 
 class Capture:
     """Owns all hooks on a model and the state that they share.
@@ -59,6 +70,7 @@ class Capture:
         model: The outermost module that the user calls.
         layers: The layers under K-FAC.
         sink: Receives every second moment.
+        forget: Discards what the sink has received since the last step.
         fisher: Which Fisher matrix the statistics are for.
         likelihood: What ``criterion=`` stands for, if given.
         criterion: The object that the user calls to compute the loss, if it is a module.
@@ -88,6 +100,7 @@ class Capture:
         layers: Sequence[Layer],
         sink: Sink,
         *,
+        forget: Callable[[], None],
         fisher: FisherType,
         likelihood: Likelihood | None,
         criterion: object,
@@ -101,6 +114,7 @@ class Capture:
         owner: str = "KFAC",
     ) -> None:
         self._owner = owner
+        self._forget = forget
         self.fisher = fisher
         self.likelihood = likelihood
         self.outputs = outputs
@@ -121,6 +135,9 @@ class Capture:
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
+        self._foreign_pass: int | None = None  # through a call with other weights
+        self._counts: Fate = "none"  # the gradients that this step's statistics come with
+        self.missing = ""  # why a backward pass since the last step has not been counted
         self._check = GradientCheck(layers)
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
@@ -176,10 +193,19 @@ class Capture:
         """Forget everything that has been counted since the last step."""
         self.terms = 0.0
         self._count += 1
+        self._counts = "none"
+        self.missing = ""
         self.statistics.discard()
         self._check.give_up()
         if self.recorder is not None:
             self.recorder.clear()
+
+    def _start_anew(self) -> None:
+        """As if there had been no backward pass since the last step."""
+        self._forget()
+        self.discard()
+        if self.vectors is not None:
+            self.vectors.start_step(self.vectors.step)
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -187,8 +213,9 @@ class Capture:
         """Note a call of the model."""
         if not torch.is_grad_enabled():
             return
-        self.statistics.flush()
-        batch_size = next((t.shape[0] for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
+        if current_pass() is None:
+            self.statistics.flush()
+        batch_size = next((t.size(0) for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
         terms = self.loss_terms if self.loss_terms is not None else batch_size
         if callable(terms):
             terms = terms(*args, **kwargs)
@@ -202,7 +229,7 @@ class Capture:
         self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
         if self.recorder is not None:
             self._record.repeatable = self.recorder.begin(args, kwargs)
-        self.taps.record = self._record
+        self.taps.begin_call(self._record)
         self._in_forward = True
 
     def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -237,14 +264,16 @@ class Capture:
         self._in_forward = False
         if record is None or not torch.is_grad_enabled():
             return
+        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
+        self.taps.end_call(tensors)
+        if not tensors:
+            return  # the call has failed, or there is nothing to train
         if self.recorder is not None and record.repeatable is not None:
             self.recorder.end(record.repeatable, output)
-        tensors = [tensor for tensor in tensors_in(output) if tensor.requires_grad]
         self._check.leave_out(self.taps.unseen_weights(tensors))
         for tensor in tensors:
             mark(tensor, self._key, record)
-            if self.likelihood is None:
-                on_backward(tensor, self._count_terms, record)
+            on_backward(tensor, self._enter, record)
         if self.likelihood is not None and not self._criterion_called:
             self._watch_unclaimed(record, self._select(output), tensors)
 
@@ -262,6 +291,8 @@ class Capture:
         if output is None or not output.requires_grad or output.dim() == 0:
             return
         if self.active and self.needs_pass:
+            if current_pass() is not None:
+                return  # checkpointing has called the model again; no pass of ours starts here
             if not self._model.training:
                 self._unclaimed.clear()  # an evaluation with gradients never calls backward
             self._unclaimed[record] = output
@@ -270,14 +301,21 @@ class Capture:
             on_backward(tensor, self._reach_unclaimed, record, output.detach())
 
     def _select(self, output: Any) -> Tensor | None:
-        if self.outputs is None or output is None:
-            return output if isinstance(output, Tensor) else None
-        try:
-            found = self.outputs(output) if callable(self.outputs) else output[self.outputs]
-        except (LookupError, TypeError) as error:
-            raise self._no_such_output(output, "nothing") from error
+        found = output
+        if self.outputs is not None and output is not None:
+            try:
+                found = self.outputs(output) if callable(self.outputs) else output[self.outputs]
+            except (LookupError, TypeError) as error:
+                raise self._no_such_output(output, "nothing") from error
+            if not isinstance(found, Tensor):
+                raise self._no_such_output(output, f"a {type(found).__name__}")
         if not isinstance(found, Tensor):
-            raise self._no_such_output(output, f"a {type(found).__name__}")
+            return None
+        if found.is_nested:
+            raise RuntimeError(
+                "The model's output is a nested tensor, of which K-FAC cannot tell the loss terms. "
+                "Let the model return a padded one."
+            )
         return found
 
     def _no_such_output(self, output: Any, found: str) -> ValueError:
@@ -316,18 +354,68 @@ class Capture:
 
     # --- backward ------------------------------------------------------------------------------
 
-    def _is_training_pass(self) -> bool:
+    def _trains(self, fates: set[Fate], records: Sequence[ForwardRecord]) -> bool:
+        """Whether the backward pass that is under way computes gradients to train with.
+
+        What it accumulates is for training, and then nothing else since the last step is. Without
+        that, what ``torch.autograd.grad`` returns is, unless it is to be differentiated in turn or
+        is the derivative of such a gradient.
+
+        Args:
+            fates: What the pass does with the gradients of some weights.
+            records: The calls of the model that it has come to.
+        """
+        if not fates & {"accumulated", "returned"}:
+            return False
+        was_differentiable = any(record.is_differentiable for record in records)
+        if torch.is_grad_enabled():
+            for record in records:
+                record.is_differentiable = True
+        if "accumulated" in fates:
+            if self._counts == "returned":
+                self._start_anew()
+            self._counts = "accumulated"
+        elif torch.is_grad_enabled() or was_differentiable:
+            self.missing = _DERIVATIVE
+            return False
+        elif self._counts == "none":
+            self._counts = "returned"
+        if self._foreign_pass == current_pass() or any(map(self._is_foreign, records)):
+            self.missing = _FOREIGN
+            return False
+        return self._counts in fates
+
+    def _is_training_pass(self, records: Sequence[ForwardRecord]) -> bool:
         """Whether the backward pass that is under way is the user's and trains the model."""
         if Capture._running:
             return False
-        weights = [layer.weight.parameter for layer in self._layers if layer.is_trained]
-        return not weights or any(map(receives_gradient, weights))
+        if any(record.is_recomputed for record in records):
+            # Torch refuses every other pass through reentrant checkpointing.
+            return self._trains({"accumulated"}, records)
+        fates = _fates(layer for layer in self._layers if layer.is_trained)
+        return not fates or self._trains(fates, records)
+
+    def _enter(self, record: ForwardRecord) -> None:
+        """A backward pass has come to an output of a call of the model."""
+        if Capture._running:
+            return
+        if self._is_foreign(record):
+            self._foreign_pass = current_pass()
+        self._meet(record)
+        if self.likelihood is None:
+            self._count_terms(record)
+
+    def _meet(self, record: ForwardRecord) -> None:
+        """Tell the backward passes of the user through one call from each other."""
+        if record.seen_in not in (None, current_pass()):
+            self.statistics.flush_gradients(record)
+        record.seen_in = current_pass()
 
     def _count_terms(self, record: ForwardRecord) -> None:
         """The user's backward pass has begun: count a batch's loss terms, once."""
-        if record.counted == self._count or record.loss_terms is None:
+        if record.loss_terms is None or not self._is_training_pass([record]):
             return
-        if self._is_training_pass() and not torch.is_grad_enabled():
+        if record.counted != self._count:
             record.counted = self._count
             self.terms = self.terms + record.loss_terms
 
@@ -338,9 +426,9 @@ class Capture:
             record: The call of the model.
             output: Its output, detached.
         """
-        if self._criterion_called or record.counted == self._count:
+        if self._criterion_called or not self._is_training_pass([record]):
             return
-        if not self._is_training_pass():
+        if record.counted == self._count:
             return
         self._warn_of_unseen_targets(output)
         if self.active and self.needs_pass:
@@ -350,14 +438,16 @@ class Capture:
                     "pass, and of its outputs only the last was kept. Compute the loss as "
                     "criterion(output, target) with the criterion that K-FAC was given."
                 )
-            output = self._unclaimed.pop(record)
+            output = self._unclaimed[record]
+            if self._counts == "accumulated":
+                del self._unclaimed[record]
         record.counted = self._count  # our own pass fires this hook again
         self._reach_output([record], output, None, 1)
 
     def _settle(self, claims: "Claims") -> None:
         """All calls of the criterion on one output have been reached: count, run our pass."""
         reached, claims.reached = claims.reached, []  # our own pass fires this hook again
-        if reached and self._is_training_pass():
+        if reached and self._is_training_pass(claims.records):
             for output, target in reached:
                 self._reach_output(claims.records, output, target, len(reached))
 
@@ -426,7 +516,17 @@ class Capture:
             if share is not None:
                 root = share.sqrt()
                 vectors = (vector * root.to(vector) for vector in vectors)
-            self._run_pass(output, vectors)
+            try:
+                self._run_pass(output, vectors)
+            except RuntimeError as error:
+                if any(record.is_recomputed for record in records):
+                    raise RuntimeError(self._reentrant("A layer")) from error
+                raise
+
+    def _is_foreign(self, record: ForwardRecord) -> bool:
+        """Whether a call with other weights says nothing about the curvature, or misleads."""
+        is_repeated = self.recorder is not None  # with all of the model's own weights
+        return record.is_foreign or (is_repeated and record.has_other_weights)
 
     def _count_once(self, records: Sequence[ForwardRecord], normalizer: Tensor) -> Tensor:
         """Count the terms of a loss, unless another loss on the same forward has been counted.
@@ -478,8 +578,8 @@ class Capture:
         if self._pass is None:
             if self.needs_pass:
                 self._refuse_reentrant(targets[0].layer, recomputed)
-            if torch.is_grad_enabled() or not self._are_trained(targets):
-                return last  # a derivative inside the loss, or by an input
+            if not self._is_counted(targets, record, recomputed):
+                return last
             for target in targets:
                 self._check.add(target.layer, target.input(x), target.gradient(gradient))
             if self.needs_pass:
@@ -492,19 +592,34 @@ class Capture:
             )
         return self._pass
 
-    def _are_trained(self, targets: Sequence[Target]) -> bool:
-        """Whether the backward pass that is under way computes the gradient of a weight."""
-        return any(receives_gradient(target.layer.weight.parameter) for target in targets)
+    def _is_counted(
+        self, targets: Sequence[Target], record: ForwardRecord | None, recomputed: bool
+    ) -> bool:
+        """Whether a visit of the user's backward pass is for training."""
+        if record is not None and not recomputed:
+            self._meet(record)
+        fates = _fates(target.layer for target in targets)
+        if fates == {"none"} and torch.is_grad_enabled():
+            # What is made of this derivative by an input uses the weights out of our sight.
+            self._check.leave_out(target.layer.weight.parameter for target in targets)
+        return self._trains(fates, [] if record is None else [record])
 
     def _refuse_reentrant(self, layer: Layer, recomputed: bool) -> None:
         """The user's backward pass visits a tap that was made during it: no pass of ours can."""
         if recomputed:
-            raise RuntimeError(
-                f"The layer {layer.name!r} is in a region under reentrant activation "
-                f"checkpointing, which the Fisher pass of fisher={self.fisher!r} cannot enter. Use "
-                "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or "
-                "fisher='empirical'."
-            )
+            raise RuntimeError(self._reentrant(f"The layer {layer.name!r}"))
+
+    def _reentrant(self, layer: str) -> str:
+        return (
+            f"{layer} is in a region under reentrant activation checkpointing, which the Fisher "
+            f"pass of fisher={self.fisher!r} cannot enter. Use "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False), or fisher='empirical'."
+        )
+
+
+def _fates(layers: Iterable[Layer]) -> set[Fate]:
+    """What the backward pass that is under way does with the gradients of layers' weights."""
+    return {fate_of_gradient(layer.weight.parameter) for layer in layers}
 
 
 def _scalar(likelihood: Likelihood, output: Tensor, target: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from kfac.graph import current_pass
 from kfac.layers import Layer
 
 # How far Σ g aᵀ may be from a weight's gradient, relative to it, ...
@@ -31,8 +32,10 @@ class GradientCheck:
         self._names: dict[nn.Parameter, str] = {}
         for layer in layers:
             self._names.setdefault(layer.weight.parameter, layer.name)
-        self._totals: dict[nn.Parameter, Tensor] = {}
-        self._scales: dict[nn.Parameter, Tensor | float] = {}
+        # By backward pass: reentrant checkpointing has passes inside of the user's, and each of
+        # them ends with a gradient of its own.
+        self._totals: dict[tuple[nn.Parameter, int | None], Tensor] = {}
+        self._scales: dict[tuple[nn.Parameter, int | None], Tensor | float] = {}
         self._handles: dict[nn.Parameter, RemovableHandle] = {}
         self._halves: set[nn.Parameter] = set()
         self._errors: dict[nn.Parameter, Tensor] = {}
@@ -47,8 +50,10 @@ class GradientCheck:
         weight = layer.weight.parameter
         if weight not in self._names or weight in self._errors:
             return
-        if weight not in self._totals:
-            self._totals[weight] = torch.zeros_like(weight, dtype=layer.dtype)
+        key = weight, current_pass()
+        if key not in self._totals:
+            self._totals[key] = torch.zeros_like(weight, dtype=layer.dtype)
+        if weight not in self._handles:
             hook = partial(_compare, weakref.ref(self), weakref.ref(weight))
             self._handles[weight] = weight.register_hook(hook)  # type: ignore[no-untyped-call]
         if gradient.dtype.itemsize < torch.float32.itemsize:
@@ -56,14 +61,18 @@ class GradientCheck:
         with torch.no_grad(), torch.autocast(gradient.device.type, enabled=False):
             matrix, scale = layer.summed_gradient(x, gradient)
             part, *_ = layer.unmatrix(matrix)
-            layer.weight.of(self._totals[weight]).add_(part)
+            layer.weight.of(self._totals[key]).add_(part)
             roundings = _ROUNDINGS * torch.finfo(gradient.dtype).eps
-            self._scales[weight] = self._scales.get(weight, 0.0) + scale * roundings
+            self._scales[key] = self._scales.get(key, 0.0) + scale * roundings
 
     def compare(self, weight: nn.Parameter, gradient: Tensor) -> None:
         """A weight's gradient in the pass under way is known."""
-        self._handles.pop(weight).remove()
-        total, scale = self._totals.pop(weight), self._scales.pop(weight)
+        key = weight, current_pass()
+        if key not in self._totals:
+            return
+        total, scale = self._totals.pop(key), self._scales.pop(key)
+        if all(other is not weight for other, _ in self._totals):
+            self._handles.pop(weight).remove()
         with torch.no_grad():
             gradient = gradient.to(total)
             excess = ((gradient - total).norm() - scale).clamp(min=0)

@@ -2,23 +2,39 @@
 
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import Function
 from torch.autograd.graph import Node, get_gradient_edge
 
+Fate = Literal["accumulated", "returned", "none"]
 
-def receives_gradient(parameter: nn.Parameter) -> bool:
-    """Whether the backward pass that is under way computes a parameter's gradient.
 
-    ``torch.autograd.grad(loss, input)`` does not, and so says nothing about the loss's curvature.
+def fate_of_gradient(parameter: nn.Parameter) -> Fate:
+    """What the backward pass that is under way does with a parameter's gradient.
+
+    ``loss.backward()`` accumulates it, ``torch.autograd.grad(loss, parameter)`` returns it, and
+    ``torch.autograd.grad(loss, input)`` does not compute it.
     """
     node = get_gradient_edge(parameter).node
     try:
-        return bool(torch._C._will_engine_execute_node(node))
+        return "accumulated" if torch._C._will_engine_execute_node(node) else "none"
     except RuntimeError:
-        return True  # the parameter is itself among the inputs of torch.autograd.grad
+        return "returned"  # torch does not tell this of what it returns
+
+
+def current_pass() -> int | None:
+    """Identifies the backward pass that is under way, the innermost one; None outside of any."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else number
+
+
+def mark_of_running_node(key: str) -> Any:
+    """The value attached to the node that the backward pass is at, None without one."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else _metadata(node).get(key)
 
 
 def mark_of(tensor: Tensor, key: str) -> Any:
@@ -50,6 +66,35 @@ def marks_behind(tensor: Tensor, key: str) -> list[Any]:
     return found
 
 
+def mark_functions(
+    tensors: Sequence[Tensor],
+    key: str,
+    value: object,
+    *,
+    border: str,
+    besides: tuple[type[Function], ...],
+) -> bool:
+    """Attach a value to every ``torch.autograd.Function`` that tensors were computed by.
+
+    Args:
+        tensors: The tensors.
+        key: Key of the value; functions that have one keep theirs.
+        value: The value.
+        border: Nodes with a value under this key, and what lies behind them, are left out.
+        besides: Functions that are left out.
+
+    Returns:
+        Whether there are any others.
+    """
+    found = False
+    for node in _nodes_behind(tensors, border):
+        function = getattr(node, "_forward_cls", None)
+        if function is not None and not issubclass(function, besides):
+            found = True
+            _metadata(node).setdefault(key, value)
+    return found
+
+
 def count_uses(tensors: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]) -> Counter[str]:
     """How often each parameter enters the computation of some tensors.
 
@@ -62,13 +107,15 @@ def count_uses(tensors: Sequence[Tensor], parameters: Mapping[str, nn.Parameter]
     return uses
 
 
-def _nodes_behind(tensors: Sequence[Tensor]) -> Iterator[Node]:
+def _nodes_behind(tensors: Sequence[Tensor], border: str | None = None) -> Iterator[Node]:
     seen: set[Node] = set()
     queue = deque(t.grad_fn for t in tensors)
     while queue:
         node = queue.popleft()
         if node is not None and node not in seen:
             seen.add(node)
+            if border is not None and border in _metadata(node):
+                continue
             yield node
             queue.extend(following for following, _ in node.next_functions)
 

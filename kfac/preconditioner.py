@@ -291,8 +291,9 @@ class Preconditioner:
         """Put the hooks for the present layers on the model."""
         bases = self.blocks.basis if self.inverse.has_second_moments else None
         return Capture(
-            self.model, self.layers, self.blocks.accumulate, bases=bases, **self._watching
-        )
+            self.model, self.layers, self.blocks.accumulate,
+            forget=self.blocks.discard, bases=bases, **self._watching,
+        )  # fmt: skip
 
     def update_layers(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.
@@ -434,7 +435,7 @@ class Preconditioner:
             raise RuntimeError(
                 "No loss terms were counted since the last step. Call the model that K-FAC was "
                 "given (not one of its parts) and, where there is one, the criterion object; or "
-                "pass loss_terms=."
+                "pass loss_terms=." + self.why_missing
             )
         return terms if isinstance(terms, Tensor) else torch.tensor(terms, dtype=torch.float64)
 
@@ -449,8 +450,13 @@ class Preconditioner:
             )
         raise RuntimeError(
             "A factor update is due, but no statistics were collected since the last step. Call "
-            "the model that K-FAC was given, with gradients enabled" + remedy
+            "the model that K-FAC was given, with gradients enabled" + remedy + self.why_missing
         )
+
+    @property
+    def why_missing(self) -> str:
+        """What is known of backward passes that were not counted, as a further sentence."""
+        return self.capture.missing and f" {self.capture.missing}"
 
     @property
     def _turn(self) -> int:

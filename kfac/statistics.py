@@ -29,7 +29,12 @@ class ForwardRecord:
         mask: Which positions are real and not padding ``[examples, positions]``, None for all.
         counted: In which count its loss terms were included, -1 for none.
         normalizer: What was counted for it, where there is a criterion.
-        taps: How often each block was tapped.
+        uses: How often each block's layers were called, those in checkpointed regions included.
+        has_own_weights, has_other_weights: Whether layers were called with the weights that are
+            trained, and with others in their place (``torch.func.functional_call``).
+        is_recomputed: Whether layers run, or run again, in the backward pass only.
+        is_differentiable: Whether a gradient of its weights has been computed with a graph.
+        seen_in: The backward pass of the user that has visited it last.
         calls: Of each block whose example gradients are wanted, the calls of this backward pass.
         sums: Of each block under ``"reduce"``, what has been summed over positions so far.
         repeatable: What it takes to make the call again, where that is wanted.
@@ -40,10 +45,20 @@ class ForwardRecord:
     mask: Tensor | None = None
     counted: int = -1
     normalizer: Tensor | None = None
-    taps: Counter[str] = field(default_factory=Counter)
+    uses: Counter[str] = field(default_factory=Counter)
+    has_own_weights: bool = False
+    has_other_weights: bool = False
+    is_recomputed: bool = False
+    is_differentiable: bool = False
+    seen_in: int | None = None
     calls: dict[str, list["Call"]] = field(default_factory=dict)
     sums: dict[str, "PositionSums"] = field(default_factory=dict)
     repeatable: RecordedCall | None = None
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether all of its layers were called with other weights."""
+        return self.has_other_weights and not self.has_own_weights
 
 
 class Call(NamedTuple):
@@ -193,7 +208,7 @@ class Statistics:
             self._open.append(record)
         calls = record.calls.setdefault(block, [])
         calls.append(call)
-        if len(calls) == record.taps[block]:
+        if len(calls) == record.uses[block]:
             self._square_examples(record, record.calls.pop(block), basis)
 
     def _square_examples(self, record: ForwardRecord, calls: list[Call], basis: Basis) -> None:
@@ -245,9 +260,11 @@ class Statistics:
             total = layer.gradient_sum(gradient, examples)
             sums.gradients = total if sums.gradients is None else sums.gradients + total
 
-    def flush_gradients(self) -> None:
-        """One backward pass is over: turn its summed gradients into moments."""
+    def flush_gradients(self, only: ForwardRecord | None = None) -> None:
+        """One backward pass is over: turn its summed gradients into moments, of one call or all."""
         for record in self._open:
+            if only is not None and record is not only:
+                continue
             while record.calls:
                 block, calls = record.calls.popitem()
                 basis = None if self.bases is None else self.bases(block)

@@ -1,7 +1,7 @@
 """Where taps sit: on the outputs of modules that are called, and of linear calls without one."""
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from kfac.graph import mark, mark_of
-from kfac.hooks import ModuleHook, Tap
+from kfac.graph import current_pass, mark, mark_functions, mark_of, mark_of_running_node
+from kfac.hooks import ModuleHook, OutputTap, Tap
 from kfac.layers import Layer
 from kfac.linear_calls import LinearCalls, Target
 from kfac.statistics import ForwardRecord
@@ -33,14 +33,20 @@ class Taps:
 
     Attributes:
         active: Whether statistics are due.
-        record: The latest call of the model.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], visit: Visit, key: str) -> None:
         self.active = True
-        self.record: ForwardRecord | None = None
+        self._record: ForwardRecord | None = None  # of the latest call of the model
+        self._in_call = False
+        # Of the call whose region is, or was last, run again by reentrant checkpointing.
+        self._recomputed: ForwardRecord | None = None
+        # Output of the last call of a layer without gradients, within the call under way.
+        self._hidden: weakref.ref[Tensor] | None = None
         self._visit = weakref.WeakMethod(visit)
+        self._key = key
         self._mark = f"{key} tapped"
+        self._region = f"{key} region"
         self._probes: dict[torch.device, Tensor] = {}
         self._uses: Uses | None = Uses()  # until the first forward has been checked
         self._linear_calls = LinearCalls(
@@ -91,6 +97,24 @@ class Taps:
             self._probes[device] = torch.zeros((), device=device, requires_grad=True)
         return self._probes[device]
 
+    def begin_call(self, record: ForwardRecord) -> None:
+        """The model is called, with gradients enabled."""
+        self._record, self._in_call, self._recomputed = record, True, None
+        self._hidden = None
+
+    def end_call(self, outputs: Sequence[Tensor]) -> None:
+        """The call is over.
+
+        Args:
+            outputs: What of its outputs requires a gradient.
+        """
+        self._in_call = False
+        if self._record is not None and self._hidden is not None:
+            # Reentrant checkpointing is such a function: it calls the layers again.
+            self._record.is_recomputed = mark_functions(
+                outputs, self._region, self._record, border=self._key, besides=(Tap, OutputTap)
+            )
+
     def unseen_weights(self, outputs: Sequence[Tensor]) -> list[nn.Parameter]:
         """After the first forward, warn of uses that were not seen; stop looking where all were.
 
@@ -114,12 +138,16 @@ class Taps:
         self, layer: Layer, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Tensor
     ) -> Tensor | None:
         """A layer's module was called: put a tap on its output if its statistics are due."""
-        if not (self._is_due(layer, output) and layer.module.weight is layer.weight.parameter):
+        if not self._is_own_weight(layer):
+            return None
+        self._note_hidden([layer], output)
+        if not self._is_due(layer, output):
             return None
         if self._uses is not None:
             self._uses.add_call(layer)
         if mark_of(output, self._mark):
             return None  # the call inside of the module was seen
+        _refuse_nested(layer, [*args, *kwargs.values(), output])
         x = layer.observed(args, kwargs)
         problem = layer.problem_of_call(x, output)
         if problem is not None:
@@ -128,21 +156,57 @@ class Taps:
 
     def _tap_linear(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
         """``F.linear`` was called with a layer's weight: likewise."""
+        self._note_hidden([target.layer for target in targets], output)
         due = [target for target in targets if self._is_due(target.layer, output)]
-        return self._tap(due, x, output) if due else output
+        if not due:
+            return output
+        if self._in_call and self._record is not None:
+            self._record.has_own_weights = True
+        _refuse_nested(due[0].layer, [x, output])
+        return self._tap(due, x, output)
+
+    def _is_own_weight(self, layer: Layer) -> bool:
+        """Whether a call uses the weight that is trained; note it, if it may be trained."""
+        is_own = layer.module.weight is layer.weight.parameter
+        if self._in_call and self._record is not None and torch.is_grad_enabled():
+            self._record.has_own_weights |= is_own
+            self._record.has_other_weights |= not is_own
+        return is_own
+
+    def _note_hidden(self, layers: Iterable[Layer], output: Tensor) -> None:
+        """Layers were called without gradients: perhaps reentrant checkpointing, to call again."""
+        trained = [layer.primary.name for layer in layers if layer.is_trained]
+        if not trained or torch.is_grad_enabled():
+            return
+        if not self._in_call:
+            self._record_of_call()  # a region inside of another one, which is told here
+            return
+        if self._hidden is not None and self._hidden() is output:
+            return  # the call inside of the module was seen
+        self._hidden = weakref.ref(output)
+        if self._record is not None:
+            self._record.uses.update(trained)
 
     def _is_due(self, layer: Layer, output: Tensor) -> bool:
         recorded = torch.is_grad_enabled() and output.requires_grad
         return self.active and recorded and layer.is_trained
 
+    def _record_of_call(self) -> ForwardRecord | None:
+        """The call of the model that a call of a layer belongs to."""
+        if current_pass() is None or self._in_call:
+            return self._record
+        # A region inside of another one has no mark: the outer one has just been met.
+        self._recomputed = mark_of_running_node(self._region) or self._recomputed
+        return self._recomputed or self._record
+
     def _tap(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
-        recomputed = torch._C._current_graph_task_id() != -1
         visit = self._visit()
         if visit is None:
             return output
-        on_gradient = partial(visit, targets, self.record, recomputed)
-        if self.record is not None:
-            self.record.taps.update(target.layer.primary.name for target in targets)
+        record, recomputed = self._record_of_call(), current_pass() is not None
+        if record is not None and (self._in_call or not recomputed):
+            record.uses.update(target.layer.primary.name for target in targets)
+        on_gradient = partial(visit, targets, record, recomputed)
         if self._uses is not None:
             self._uses.add_taps(target.layer for target in targets)
         tapped: Tensor = Tap.apply(output, self.probe(output.device), x.detach(), on_gradient)
@@ -156,3 +220,13 @@ class Taps:
 
     def _look_away(self, *_: Any) -> None:
         self._linear_calls.leave()
+
+
+def _refuse_nested(layer: Layer, values: Sequence[Any]) -> None:
+    """Nested tensors have no rectangle of examples and positions to take moments over."""
+    if any(isinstance(value, Tensor) and value.is_nested for value in values):
+        raise RuntimeError(
+            f"The layer {layer.name!r} was called with a nested tensor, which K-FAC cannot take "
+            "statistics of. Pad the sequences (and pass position_mask=), or leave the layer to the "
+            "fallback with skip=."
+        )

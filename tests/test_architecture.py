@@ -33,7 +33,7 @@ ALLOWED = {
     "fisher_products": {"fisher", "jacobian_products", "recorder"},
     **dict.fromkeys(["quadratic_model", "levenberg_marquardt"], NOTHING),
     "linear_calls": {"layers"},
-    "gradient_check": {"layers"},
+    "gradient_check": {"graph", "layers"},
     "uses": {"graph", "layers"},
     "taps": {"graph", "hooks", "layers", "linear_calls", "statistics", "uses"},
     "capture": {

@@ -215,11 +215,20 @@ class Taps:
 
     def _look(self, *_: Any) -> None:
         """A module that may use a linear layer's weight without calling it has been entered."""
-        if self.active:
+        if self.active and self._may_train:
             self._linear_calls.enter()
 
     def _look_away(self, *_: Any) -> None:
-        self._linear_calls.leave()
+        if self._may_train:
+            self._linear_calls.leave()
+
+    @property
+    def _may_train(self) -> bool:
+        """Whether layers that are called now may be called to train them.
+
+        Otherwise torch should not even be looked at: it has faster ways that it takes unobserved.
+        """
+        return torch.is_grad_enabled() or self._in_call
 
 
 def _refuse_nested(layer: Layer, values: Sequence[Any]) -> None:

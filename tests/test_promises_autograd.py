@@ -50,6 +50,18 @@ def curvatures(fishers: Iterable[str]) -> list[Any]:
     ]
 
 
+ONE_EACH = [
+    pytest.param(FISHERS[fisher] | CURVATURES[name], id=f"{fisher}-{name}")
+    for fisher, name in (
+        ("empirical", "reduce and ekfac"),
+        ("empirical with a criterion", "expand"),
+        ("forward-only", "reduce"),
+        ("mc", "reduce and ekfac"),
+        ("type-2", "expand"),
+    )
+]
+
+
 def make(model: nn.Module, settings: dict[str, Any], **others: Any) -> tuple[KFAC, nn.Module]:
     criterion = nn.CrossEntropyLoss()
     chosen = PLAIN | {"lr": 0.3, "damping": 0.05} | settings | others
@@ -103,11 +115,7 @@ class Recomputed(nn.Module):
         run, first, inner = self.run, self.first, self.inner
         if self.regions == "all":
             return run(lambda z: self.head(inner(first(z).tanh()).tanh().mean(1)), x)
-        if self.regions == "one":
-            x = run(lambda z: inner(z).tanh(), first(x))
-        elif self.regions == "two":
-            x = run(lambda z: inner(z).tanh(), run(lambda z: first(z).tanh(), x))
-        elif self.regions == "nested":
+        if self.regions == "nested":
             x = run(lambda z: run(lambda u: inner(u).tanh(), first(z).tanh()).sin(), x)
         elif self.regions == "nested, nothing else inside":
             x = run(lambda z: run(lambda u: inner(first(u)).tanh(), z), x)
@@ -121,7 +129,7 @@ class Recomputed(nn.Module):
 
 
 REGIONS = [
-    "all", "one", "two", "nested", "nested, nothing else inside", "a module twice inside",
+    "all", "nested", "nested, nothing else inside", "a module twice inside",
     "a module in two regions", "a module inside and outside",
 ]  # fmt: skip
 
@@ -213,7 +221,7 @@ def call_through_a_checkpoint(
     run: str, settings: dict[str, Any], loss: Callable[..., Tensor] | None = None
 ) -> list[Tensor | None]:
     """The model as a whole is run by `run`, twice before a backward pass."""
-    model = Recomputed("plain", "plain")
+    model = Recomputed("nested", "plain")
     optimizer, criterion = make(model, settings)
     loss = loss or criterion
     for step in range(3):
@@ -434,7 +442,7 @@ DISTURBANCES: list[Disturbance] = [
 @pytest.mark.promise("`torch.func.functional_call` with other weights")
 @pytest.mark.promise("a copied or pickled model")
 @pytest.mark.parametrize("disturb", DISTURBANCES)
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_the_factors_are_left_alone(settings: dict[str, Any], disturb: Disturbance) -> None:
     model = net()
     optimizer, criterion = make(model, settings, momentum=0.9)
@@ -455,7 +463,7 @@ def test_the_factors_are_left_alone(settings: dict[str, Any], disturb: Disturban
 @pytest.mark.promise("evaluation, logging, `no_grad` between steps")
 @pytest.mark.promise("gradients from `torch.autograd.grad(loss, parameters)`")
 @pytest.mark.parametrize("disturb", [*DISTURBANCES, derivatives_by_parameters])
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_a_disturbed_run_is_the_same(settings: dict[str, Any], disturb: Disturbance) -> None:
     results = []
     for is_disturbed in (False, True):
@@ -485,7 +493,7 @@ def assert_identical(found: list[Any], expected: list[Any]) -> None:
 
 
 @pytest.mark.promise("`torch.func.functional_call` with the model's own weights")
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_a_functional_call_with_the_own_weights_is_a_call(settings: dict[str, Any]) -> None:
     results = []
     for is_functional in (False, True):
@@ -517,7 +525,7 @@ def adapted_loss(model: nn.Module, criterion: nn.Module, *, to_differentiate: bo
 
 @pytest.mark.promise("`torch.func.functional_call` with other weights")
 @pytest.mark.parametrize("to_differentiate", [False, True])
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_a_loss_after_an_inner_step_is_refused_with_the_cause(
     settings: dict[str, Any], to_differentiate: bool
 ) -> None:
@@ -700,7 +708,7 @@ def hooked_run(
 @pytest.mark.parametrize(
     "add_hooks", [on_forward, on_module_backward, on_activations, on_parameters]
 )
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_hooks_of_others_change_nothing(
     settings: dict[str, Any], add_hooks: Callable[[nn.Module, Log], None], when: str
 ) -> None:
@@ -767,7 +775,7 @@ CHANGES: dict[str, tuple[Callable[[nn.Sequential], None], int, float]] = {
 @pytest.mark.promise("hooks of others that replace inputs, outputs or gradients of activations")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_what_hooks_replace_is_as_if_a_module_did_it(
     settings: dict[str, Any], change: str, when: str
 ) -> None:
@@ -853,3 +861,207 @@ def test_an_automatic_step_refuses_a_call_with_some_other_weights() -> None:
     with pytest.raises(RuntimeError, match=r"other weights.*functional_call"):
         optimizer.step(closure)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+# Ways to call layers and models
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "Linear": (lambda: nn.Linear(4, 3), (6, 5, 4)),
+    "Conv1d": (lambda: nn.Conv1d(4, 3, 3, padding=1), (6, 4, 5)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, stride=2, groups=2), (6, 4, 5, 5)),
+    "Conv3d": (lambda: nn.Conv3d(4, 3, 2), (6, 4, 3, 3, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 3, 3, stride=2), (6, 4, 5)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 3, 3, stride=2), (6, 4, 3, 3)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 3, 2), (6, 4, 2, 2, 2)),
+    "LayerNorm": (lambda: nn.LayerNorm(4), (6, 5, 4)),
+    "RMSNorm": (lambda: nn.RMSNorm(4), (6, 5, 4)),
+    "GroupNorm": (lambda: nn.GroupNorm(2, 4), (6, 4, 5, 5)),
+    "BatchNorm1d": (lambda: nn.BatchNorm1d(4), (6, 4, 5)),
+    "BatchNorm2d": (lambda: nn.BatchNorm2d(4), (6, 4, 5, 5)),
+    "BatchNorm3d": (lambda: nn.BatchNorm3d(4), (6, 4, 3, 3, 3)),
+    "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, affine=True), (6, 4, 5)),
+    "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True), (6, 4, 5, 5)),
+    "InstanceNorm3d": (lambda: nn.InstanceNorm3d(4, affine=True), (6, 4, 3, 3, 3)),
+    "Embedding": (lambda: nn.Embedding(7, 4), (6, 5)),
+    "EmbeddingBag": (lambda: nn.EmbeddingBag(7, 4), (6, 5)),
+    "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2, batch_first=True), (6, 5, 4)),
+}
+
+
+def as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
+def permuted(x: Tensor) -> Tensor:
+    """The same numbers with the axes in memory the other way round."""
+    order = list(range(x.dim()))[::-1]
+    return x.permute(order).contiguous().permute(order)
+
+
+def strided(x: Tensor) -> Tensor:
+    """The same numbers with gaps between them."""
+    return x.repeat_interleave(2, -1)[..., ::2]
+
+
+def channels_last(x: Tensor) -> Tensor:
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats.get(x.dim(), torch.contiguous_format))
+
+
+def expanded(x: Tensor) -> Tensor:
+    """The first example again and again, in the same memory."""
+    return x[:1].expand_as(x)
+
+
+def copied(x: Tensor) -> Tensor:
+    return expanded(x).contiguous()
+
+
+class Calling(nn.Module):
+    """Hands its input to a layer by position or by name."""
+
+    def __init__(self, layer: nn.Module, by_name: bool) -> None:
+        super().__init__()
+        self.layer, self.by_name = layer, by_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        if isinstance(self.layer, nn.MultiheadAttention):
+            if self.by_name:
+                output, _ = self.layer(query=x, key=x, value=x)
+            else:
+                output, _ = self.layer(x, x, x)
+        elif self.by_name:
+            name = "x" if isinstance(self.layer, nn.RMSNorm) else "input"
+            output = self.layer(**{name: x})
+        else:
+            output = self.layer(x)
+        return output.flatten(1).sin()
+
+
+def step_of_a_layer(
+    kind: str,
+    settings: dict[str, Any],
+    layout: Callable[[Tensor], Tensor] = as_it_is,
+    *,
+    by_name: bool = False,
+    weight_layout: Callable[[Tensor], Tensor] = as_it_is,
+) -> list[Tensor | None]:
+    """Parameters and factors after two steps on inputs and weights of some memory layout."""
+    torch.manual_seed(0)
+    make_layer, shape = LAYERS[kind]
+    model = Calling(make_layer(), by_name).double()
+    generator = torch.Generator().manual_seed(1)
+    if "Embedding" in kind:
+        x = torch.randint(7, shape, generator=generator)
+    else:
+        x = torch.randn(shape, dtype=torch.float64, generator=generator)
+    for parameter in model.parameters():
+        parameter.data = weight_layout(parameter.data)
+    optimizer, criterion = make(model, settings)
+    y = torch.arange(6) % 3
+    for _ in range(2):
+        optimizer.zero_grad()
+        criterion(model(layout(x)), y).backward()
+        optimizer.step()
+    factors = [f for layer in optimizer._engine.layers for f in optimizer.factor(layer.name)]
+    assert factors
+    return [p.detach().contiguous() for p in model.parameters()] + factors
+
+
+@pytest.mark.promise("keyword arguments")
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_inputs_may_be_given_by_name(fisher: str, kind: str) -> None:
+    found = step_of_a_layer(kind, FISHERS[fisher], by_name=True)
+    assert_identical(found, step_of_a_layer(kind, FISHERS[fisher]))
+
+
+@pytest.mark.promise("inputs and weights that are not contiguous, or channels last")
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    "settings", [FISHERS["mc"] | {"weight_sharing": "reduce"}, {"inverse": "ekfac"}]
+)
+def test_memory_layouts_change_nothing(settings: dict[str, Any], kind: str) -> None:
+    expected = step_of_a_layer(kind, settings)
+    for layout in (permuted, strided, channels_last):
+        close(step_of_a_layer(kind, settings, layout), expected)
+        close(step_of_a_layer(kind, settings, layout, weight_layout=layout), expected)
+    close(step_of_a_layer(kind, settings, expanded), step_of_a_layer(kind, settings, copied))
+
+
+# Nested tensors
+
+
+def nested(layout: torch.layout, width: int = 4) -> Tensor:
+    rows = [torch.ones(length, width, dtype=torch.float64) for length in (2, 3)]
+    return torch.nested.nested_tensor(rows, layout=layout)
+
+
+class Nesting(nn.Module):
+    """Computes with nested tensors somewhere."""
+
+    def __init__(self, where: str, layout: torch.layout) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+        self.where, self.layout = where, layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.where == "input":
+            return torch.nested.to_padded_tensor(self.first(x), 0.0).sum(1)
+        if self.where == "inside":
+            x = self.first(x)
+            parts = torch.nested.as_nested_tensor([x[:1], x[1:]], layout=self.layout)
+            return torch.nested.to_padded_tensor(self.last(parts), 0.0).sum(1)
+        x = self.last(self.first(x))
+        return torch.nested.as_nested_tensor([x[:1], x[1:]], layout=self.layout)
+
+
+NESTED = pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+
+
+@NESTED
+@pytest.mark.promise("nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("where", ["input", "inside"])
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_nested_tensors_are_refused_by_the_layer(
+    fisher: str, where: str, layout: torch.layout
+) -> None:
+    model = Nesting(where, layout)
+    optimizer, _ = make(model, FISHERS[fisher])
+    x = nested(layout) if where == "input" else torch.ones(3, 4, dtype=torch.float64)
+    name = "first" if where == "input" else "last"
+    with pytest.raises(RuntimeError, match=f"layer '{name}' was called with a nested tensor.*skip"):
+        model(x)
+    with torch.no_grad():
+        assert not model(x).is_nested  # an evaluation may use them
+    optimizer.remove_hooks()
+    model(x).sum().backward()
+
+
+@NESTED
+@pytest.mark.promise("nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_a_nested_output_of_the_model_is_refused(layout: torch.layout) -> None:
+    model = Nesting("output", layout)
+    _optimizer, _ = make(model, FISHERS["mc"])
+    with pytest.raises(RuntimeError, match="output is a nested tensor"):
+        model(torch.ones(3, 4, dtype=torch.float64))
+
+
+@NESTED
+@pytest.mark.promise("nested tensors")
+def test_the_nested_tensors_of_an_evaluated_transformer_are_no_matter() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, enable_nested_tensor=True).double()
+    mask = torch.tensor([[False, False, True], [False, False, False]])
+    x = torch.ones(2, 3, 4, dtype=torch.float64)
+    optimizer, _ = make(model, FISHERS["empirical"])
+    model(x, src_key_padding_mask=mask).square().mean().backward()
+    before = state_of(optimizer)
+    model.eval()
+    with torch.no_grad():
+        model(x, src_key_padding_mask=mask)
+    assert_identical(state_of(optimizer), before)
+    optimizer.step()

@@ -20,6 +20,8 @@ from torch.utils._pytree import tree_map_only
 from kfac.hooks import silent_hooks
 
 Selector = Callable[[Any], Tensor | None]
+# Of each module by its name in the model, the buffers by their names in the module.
+Buffers = Mapping[str, Mapping[str, Tensor | None]]
 
 
 class Kept(NamedTuple):
@@ -117,7 +119,7 @@ class RecordedCall:
 
     Attributes:
         args, kwargs: Arguments, their tensors kept free of graphs.
-        buffers: Values before the call of those buffers that calls change.
+        buffers: Values before the call, by module and by name in the module.
         random_states: Of the generators of the CPU (under None) and of other devices.
         autocast: By device type, whether it was on and its dtype.
         select: Picks the loss's input out of the model's output, where that was told.
@@ -127,7 +129,7 @@ class RecordedCall:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-    buffers: dict[str, Tensor]
+    buffers: Buffers
     random_states: dict[torch.device | None, Tensor]
     autocast: dict[str, tuple[bool, torch.dtype]]
     select: Selector | None
@@ -179,11 +181,9 @@ class RecordedCall:
         Returns:
             The input of every loss.
         """
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        buffers |= {name: buffer.clone() for name, buffer in self.buffers.items()}
         args, kwargs = tree_map_only(Kept, Kept.get, (self.args, self.kwargs), is_leaf=_is_kept)
-        with self._surroundings():
-            output = functional_call(model, {**buffers, **parameters}, args, kwargs)
+        with self._surroundings(), _with_buffers(model, self.buffers):
+            output = functional_call(model, dict(parameters), args, kwargs)
             tensors = list(tensors_in(output))
             if self.select is not None and any(loss.view.source < 0 for loss in self.losses):
                 selected = self.select(output)
@@ -227,7 +227,6 @@ class Recorder:
         self.calls: list[RecordedCall] = []
         self._model = model
         self._select = select
-        self._changing: set[str] | None = None  # buffers, known after the first call
 
     def clear(self) -> None:
         """Forget all calls: the step is over, or given up."""
@@ -237,22 +236,17 @@ class Recorder:
         """Record how the model is called, before its forward pass; the caller keeps the result.
 
         Cost:
-            Copies of the generators' states and of buffers that calls change; waits for nothing.
+            Copies of the generators' states and of all buffers; waits for nothing.
         """
         kept_args, kept_kwargs = tree_map_only(Tensor, Kept.of, (args, dict(kwargs)))
         devices = {p.device for p in self._model.parameters()}
         states: dict[torch.device | None, Tensor] = {None: torch.get_rng_state()}
         states |= {d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"}
         kinds = {"cpu"} | {device.type for device in devices}
-        buffers = {
-            name: buffer.detach().clone()
-            for name, buffer in self._model.named_buffers()
-            if self._changing is None or name in self._changing
-        }
         return RecordedCall(
             kept_args,
             kept_kwargs,
-            buffers,
+            _copied({name: m._buffers for name, m in self._model.named_modules()}),
             states,
             {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds},
             self._select,
@@ -261,14 +255,6 @@ class Recorder:
     def end(self, call: RecordedCall, output: Any) -> None:
         """Record what the model has returned."""
         call.outputs = [Kept.of(tensor) for tensor in tensors_in(output)]
-        if self._changing is None:
-            buffers = dict(self._model.named_buffers())
-            self._changing = {
-                name
-                for name, before in call.buffers.items()
-                if name in buffers and not torch.equal(before, buffers[name])
-            }
-            call.buffers = {name: call.buffers[name] for name in self._changing}
 
     def add_loss(
         self,
@@ -307,6 +293,41 @@ class Recorder:
             "nor a view of it, so the curvature along the step is unknown. Compute it inside of "
             "the model, or pass outputs= with the function from the model's output to it."
         )
+
+
+def _copied(buffers: Buffers) -> Buffers:
+    """Copies of buffers; what was one tensor stays one."""
+    copies: dict[int, Tensor] = {}
+
+    def copied(buffer: Tensor | None) -> Tensor | None:
+        if buffer is None:
+            return None
+        return copies.setdefault(id(buffer), buffer.detach().clone())
+
+    return {
+        module: {name: copied(buffer) for name, buffer in own.items()}
+        for module, own in buffers.items()
+        if own
+    }
+
+
+@contextmanager
+def _with_buffers(model: nn.Module, buffers: Buffers) -> Iterator[None]:
+    """Within it, the modules have copies of these buffers, and no others.
+
+    A call may replace, reshape, register and delete buffers, which no list of names can undo.
+    """
+    now = [(name, module, dict(module._buffers)) for name, module in model.named_modules()]
+    then = _copied(buffers)
+    for name, module, _ in now:
+        module._buffers.clear()
+        module._buffers.update(then.get(name, {}))
+    try:
+        yield
+    finally:
+        for _, module, own in now:
+            module._buffers.clear()
+            module._buffers.update(own)
 
 
 def _view_in(call: RecordedCall, tensor: Kept) -> View | None:

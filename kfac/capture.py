@@ -504,6 +504,7 @@ class Capture:
                     share = share * counted / normalizer
             batch_sizes = [record.batch_size or 1 for record in records]
             if self.recorder is not None:
+                self._refuse_to_repeat(records)
                 repeatable = [r.repeatable for r in records if r.repeatable is not None]
                 self.recorder.add_loss(
                     repeatable, output, target,
@@ -527,6 +528,16 @@ class Capture:
         """Whether a call with other weights says nothing about the curvature, or misleads."""
         is_repeated = self.recorder is not None  # with all of the model's own weights
         return record.is_foreign or (is_repeated and record.has_other_weights)
+
+    def _refuse_to_repeat(self, records: Sequence[ForwardRecord]) -> None:
+        """Derivatives along a direction pass by layers that run without gradients at first."""
+        if any(record.is_recomputed for record in records):
+            raise RuntimeError(
+                "Layers run without gradients inside of a torch.autograd.Function, as under "
+                "reentrant activation checkpointing, and an automatic step cannot tell how the "
+                "output changes with their weights. Use torch.utils.checkpoint.checkpoint(..., "
+                "use_reentrant=False), or numbers as lr, momentum and damping."
+            )
 
     def _count_once(self, records: Sequence[ForwardRecord], normalizer: Tensor) -> Tensor:
         """Count the terms of a loss, unless another loss on the same forward has been counted.

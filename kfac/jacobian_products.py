@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from kfac.forward_mode import SharedPrimals, dual, load_forward_mode, parts
+from kfac.hooks import silent_hooks
 from kfac.recorder import RecordedCall
 
 Mode = Literal["forward", "double-backward"]
@@ -229,13 +230,14 @@ def _gradients(
     pairs = [(o, v) for o, v in zip(outputs, vectors, strict=True) if o.requires_grad]
     if not pairs:
         return [torch.zeros_like(x) for x in inputs]
-    found = torch.autograd.grad(
-        [output for output, _ in pairs],
-        list(inputs),
-        [vector for _, vector in pairs],
-        create_graph=create_graph,
-        retain_graph=True,
-        allow_unused=True,
-        materialize_grads=True,
-    )
+    with silent_hooks():  # checkpointed regions run again, as they ran: without taps
+        found = torch.autograd.grad(
+            [output for output, _ in pairs],
+            list(inputs),
+            [vector for _, vector in pairs],
+            create_graph=create_graph,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
     return list(found)

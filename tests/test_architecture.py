@@ -29,7 +29,7 @@ ALLOWED = {
     "summary": {"layers", "names"},
     "vectors": {"fisher"},
     "recorder": {"hooks"},
-    "jacobian_products": {"forward_mode", "recorder"},
+    "jacobian_products": {"forward_mode", "hooks", "recorder"},
     "fisher_products": {"fisher", "jacobian_products", "recorder"},
     **dict.fromkeys(["quadratic_model", "levenberg_marquardt"], NOTHING),
     "linear_calls": {"layers"},

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kfac import KFAC, LevenbergMarquardt
+from kfac.recorder import Recorder
 
 # Torch's own, of `torch.func.jvp` and of nested reentrant regions.
 pytestmark = [
@@ -1065,3 +1066,115 @@ def test_the_nested_tensors_of_an_evaluated_transformer_are_no_matter() -> None:
         model(x, src_key_padding_mask=mask)
     assert_identical(state_of(optimizer), before)
     optimizer.step()
+
+
+# Automatic steps
+
+
+def automatic_run(
+    model: nn.Module, fisher: str, call: Callable[[Tensor], Tensor] | None = None
+) -> list[Tensor]:
+    """Parameters after some steps that the quadratic model chooses."""
+    criterion, call = nn.CrossEntropyLoss(), call or model
+    optimizer = KFAC(
+        model, lr="auto", momentum="auto", damping=LevenbergMarquardt(period=2),
+        fisher=FISHERS[fisher]["fisher"], criterion=criterion, factor_update_period=1,
+    )  # fmt: skip
+    for step in range(4):
+        x, y = sequences(6, step)
+
+        def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+            optimizer.zero_grad()
+            loss = criterion(call(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+    return [p.detach() for p in model.parameters()]
+
+
+@pytest.mark.promise("`use_reentrant=False`")
+@pytest.mark.parametrize("regions", REGIONS)
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_checkpointing_changes_no_automatic_step(fisher: str, regions: str) -> None:
+    expected = automatic_run(Recomputed(regions, "plain"), fisher)
+    close(automatic_run(Recomputed(regions, "non-reentrant"), fisher), expected)
+
+
+@pytest.mark.promise("`use_reentrant=False`")
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.parametrize("run", ["non-reentrant", "reentrant"])
+def test_a_checkpoint_of_the_whole_model_changes_no_automatic_step(run: str) -> None:
+    expected = automatic_run(Recomputed("nested", "plain"), "empirical")
+    model = Recomputed("nested", "plain")
+    close(automatic_run(model, "empirical", partial(RUNS[run], model)), expected)
+
+
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.parametrize("regions", REGIONS)
+@pytest.mark.parametrize("fisher", ["empirical", "forward-only"])
+def test_reentrant_regions_are_refused_by_automatic_steps(fisher: str, regions: str) -> None:
+    model = Recomputed(regions, "reentrant")
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"automatic step.*use_reentrant=False"):
+        automatic_run(model, fisher)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+class Counting(nn.Module):
+    """Its output depends on buffers that a call adds to, replaces, registers, fills or deletes."""
+
+    def __init__(self, change: str) -> None:
+        super().__init__()
+        self.layer, self.change = nn.Linear(4, 3), change
+        self.register_buffer("count", torch.zeros(1))
+        self.register_buffer("late", None)
+        self.register_buffer("spare", torch.ones(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        shift = self.count
+        if self.change == "added to from the second call on":
+            if self.late is not None:
+                self.spare += 1
+            self.late = torch.ones(1)
+            shift = self.spare.mean()
+        elif self.change == "replaced by another shape":
+            self.count = torch.cat([self.count, self.count + 1])
+            shift = self.count.sum()
+        elif self.change == "registered":
+            if not hasattr(self, "new"):
+                self.register_buffer("new", torch.zeros(3))
+            self.new = self.new + 1
+            shift = self.new.sum()
+        elif self.change == "filled":
+            shift = torch.zeros(1) if self.late is None else self.late
+            self.late = shift + 1
+        elif self.change == "deleted" and "spare" in self._buffers:
+            shift = self.spare.sum()
+            del self.spare
+        return self.layer(x) + shift
+
+
+CHANGES_OF_BUFFERS = [
+    "added to from the second call on", "replaced by another shape", "registered", "filled",
+    "deleted",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES_OF_BUFFERS)
+def test_a_call_is_repeated_with_the_buffers_that_it_found(change: str) -> None:
+    model = Counting(change).double()
+    recorder = Recorder(model)
+    for step in range(3):
+        x, _ = batch(step)
+        call = recorder.begin((x,), {})
+        output = model(x)
+        recorder.end(call, output)
+        recorder.add_loss([call], output, None)
+        after = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        for _ in range(2):
+            (repeated,) = call.run(model, {})
+            assert torch.equal(repeated, output)
+        buffers = dict(model.named_buffers())
+        assert buffers.keys() == after.keys()
+        assert all(torch.equal(buffers[name], after[name]) for name in after)

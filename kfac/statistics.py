@@ -225,6 +225,8 @@ class Statistics:
             share: Share of all examples that these are.
         """
         layer, x, gradient = calls[0]
+        # A model may have changed its dtype since its factors were made.
+        basis = Basis(*(None if v is None else v.to(layer.dtype) for v in basis))
         if len(calls) == 1 and not layer.is_transposed:
             moment = layer.squared_gradients(x, gradient, examples, basis)
         else:

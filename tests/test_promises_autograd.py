@@ -1178,3 +1178,199 @@ def test_a_call_is_repeated_with_the_buffers_that_it_found(change: str) -> None:
         buffers = dict(model.named_buffers())
         assert buffers.keys() == after.keys()
         assert all(torch.equal(buffers[name], after[name]) for name in after)
+
+
+class Busy(nn.Module):
+    """Calls one layer three times, in-place activations after it and after another."""
+
+    def __init__(self, inplace: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner, self.head = nn.Linear(4, 4).double(), nn.Linear(4, 3).double()
+        self.activation = nn.ELU(inplace=inplace)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _ in range(3):
+            x = self.activation(self.inner(x))
+        return self.activation(self.head(x.mean(1)))
+
+
+@pytest.mark.promise("in-place activations")
+@pytest.mark.promise("one module called several times in a forward pass")
+@pytest.mark.parametrize("settings", curvatures(FISHERS))
+def test_in_place_activations_change_nothing(settings: dict[str, Any]) -> None:
+    results = []
+    for inplace in (False, True):
+        model = Busy(inplace)
+        optimizer, criterion = make(model, settings)
+        for step, loop in enumerate(LOOPS):
+            loop(model, criterion, optimizer, step)
+        results.append([p.detach() for p in model.parameters()] + list(optimizer.factor("inner")))
+    close(*results)
+
+
+@pytest.mark.promise("in-place activations")
+@pytest.mark.promise("one module called several times in a forward pass")
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_in_place_activations_change_no_automatic_step(fisher: str) -> None:
+    close(automatic_run(Busy(True), fisher), automatic_run(Busy(False), fisher))
+
+
+@pytest.mark.promise("one module called several times in a forward pass")
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_calls_of_one_module_are_further_positions(sharing: str) -> None:
+    """A and the empirical G of a layer that is called three times on 3 positions, written out."""
+    plain, inputs, zeros, (x, y) = Busy(False), [], [], sequences(6)
+
+    def perturb(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        inputs.append(F.pad(args[0].detach(), (0, 1), value=1.0))
+        zeros.append(torch.zeros_like(output, requires_grad=True))
+        return output + zeros[-1]
+
+    plain.inner.register_forward_hook(perturb)
+    gradients = torch.cat(torch.autograd.grad(F.cross_entropy(plain(x), y), zeros), 1)
+    rows = torch.cat(inputs, 1)
+    model = Busy(True)
+    optimizer, criterion = make(model, {"fisher": "empirical", "weight_sharing": sharing})
+    one_call(model, criterion, optimizer, 0)
+    a, g = optimizer.factor("inner")
+    rows = rows.flatten(0, 1) if sharing == "expand" else rows.mean(1)
+    gradients = gradients.flatten(0, 1) if sharing == "expand" else gradients.sum(1)
+    close(a[0], rows.T @ rows / len(rows))
+    close(g[0], 6 * gradients.T @ gradients)
+
+
+@pytest.mark.promise("evaluation, logging, `no_grad` between steps")
+@pytest.mark.filterwarnings("ignore:fisher='type-2' is exact only if the examples")
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_an_evaluation_changes_no_automatic_step(fisher: str) -> None:
+    """Before the call of the model, between it and its backward pass, and after that."""
+    expected = automatic_run(net_with_dropout(), fisher)
+    model = net_with_dropout()
+
+    def evaluate() -> None:
+        random = torch.get_rng_state()
+        model.eval()
+        with torch.no_grad():
+            model(sequences(4, 20)[0])
+        with torch.inference_mode():
+            model(sequences(3, 21)[0])
+        model.train()
+        torch.set_rng_state(random)
+
+    def call(x: Tensor) -> Tensor:
+        evaluate()
+        output = model(x)
+        evaluate()
+        output.register_hook(lambda _: evaluate())
+        return output
+
+    assert_identical(automatic_run(model, fisher, call), expected)
+
+
+def net_with_dropout() -> nn.Module:
+    torch.manual_seed(0)
+    layers = nn.Linear(4, 5), nn.Dropout(0.2), nn.Flatten(), nn.BatchNorm1d(15), nn.Linear(15, 3)
+    return nn.Sequential(*layers).double()
+
+
+# Copies, and models that move
+
+COPIES: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+}
+
+
+@pytest.mark.promise("a copied or pickled model")
+@pytest.mark.parametrize("kind", COPIES)
+@pytest.mark.parametrize("settings", ONE_EACH)
+def test_a_copy_trains_with_an_optimizer_of_its_own(settings: dict[str, Any], kind: str) -> None:
+    """The copy is made in the middle of a step; both then train as if there were no other."""
+    models, optimizers, criteria = [net()], [], []
+    optimizer, criterion = make(models[0], settings)
+    x, y = batch(0)
+    loss = criterion(models[0](x), y)
+    models.append(COPIES[kind](models[0]))
+    own, own_criterion = make(models[1], settings)
+    loss.backward()
+    optimizer.step()
+    criteria, optimizers = [criterion, own_criterion], [optimizer, own]
+    own_criterion(models[1](x), y).backward()
+    own.step()
+    for step in (1, 2):
+        x, y = batch(step)
+        losses = []
+        for model, trained_by, measure in zip(models, optimizers, criteria, strict=True):
+            trained_by.zero_grad()
+            losses.append(measure(model(x), y))
+        for loss in losses:
+            loss.backward()
+        for trained_by in optimizers:
+            trained_by.step()
+    first, second = (
+        [p.detach() for p in model.parameters()] + list(trained_by.factor("0"))
+        for model, trained_by in zip(models, optimizers, strict=True)
+    )
+    assert_identical(first, second)
+
+
+@pytest.mark.promise("a copied or pickled model")
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_an_exponential_moving_average_of_the_model_changes_nothing(fisher: str) -> None:
+    results = []
+    for is_averaged in (False, True):
+        model = net()
+        optimizer, criterion = make(model, FISHERS[fisher])
+        average = torch.optim.swa_utils.AveragedModel(model) if is_averaged else None
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+            if average is not None:
+                average.update_parameters(model)
+                F.cross_entropy(average(x), y)
+        results.append([p.detach() for p in model.parameters()] + list(optimizer.factor("0")))
+    assert_identical(*results)
+
+
+@pytest.mark.promise("`model.to(device)` and `model.to(dtype)` before the first step")
+@pytest.mark.parametrize("settings", ONE_EACH)
+def test_a_model_may_change_its_dtype_before_the_first_step(settings: dict[str, Any]) -> None:
+    results = []
+    for is_moved_late in (False, True):
+        model = net().float()
+        if not is_moved_late:
+            model.double()
+        optimizer, criterion = make(model, settings)
+        if is_moved_late:
+            model.double()
+        for step in range(3):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            criterion(model(x), y).backward()
+            optimizer.step()
+        assert all(p.dtype == torch.float64 for p in model.parameters())
+        factors = [f.double() for f in optimizer.factor("0") if f is not None]
+        results.append([p.detach() for p in model.parameters()] + factors)
+    torch.testing.assert_close(*results, rtol=2e-5, atol=2e-6)  # factors stay in float32
+
+
+@pytest.mark.promise("`model.to(device)` and `model.to(dtype)` before the first step")
+@pytest.mark.parametrize("fisher", FISHERS)
+def test_a_model_may_be_made_half_before_the_first_step(fisher: str) -> None:
+    results = []
+    for is_moved_late in (False, True):
+        model = net().float()
+        if not is_moved_late:
+            model.bfloat16()
+        optimizer, criterion = make(model, FISHERS[fisher])
+        model.bfloat16()
+        for step in range(2):
+            x, y = batch(step)
+            optimizer.zero_grad()
+            criterion(model(x.bfloat16()), y).backward()
+            optimizer.step()
+        results.append([p.detach() for p in model.parameters()] + list(optimizer.factor("0")))
+    assert_identical(*results)

@@ -193,7 +193,7 @@ def outcomes(regions: str, run: str, settings: dict[str, Any]) -> dict[str, list
 
 @pytest.mark.promise("`use_reentrant=False`")
 @pytest.mark.parametrize("regions", REGIONS)
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_checkpointing_changes_nothing(settings: dict[str, Any], regions: str) -> None:
     close(outcomes(regions, "non-reentrant", settings), outcomes(regions, "plain", settings))
 
@@ -234,7 +234,7 @@ def call_through_a_checkpoint(
 
 
 @pytest.mark.promise("`use_reentrant=False`")
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_the_whole_model_may_be_checkpointed(settings: dict[str, Any]) -> None:
     for loss in (None, F.cross_entropy):
         expected = call_through_a_checkpoint("plain", settings, loss)
@@ -956,6 +956,8 @@ def step_of_a_layer(
         x = torch.randint(7, shape, generator=generator)
     else:
         x = torch.randn(shape, dtype=torch.float64, generator=generator)
+        # Without it torch 2.6 crashes in the backward pass of a GroupNorm, channels last.
+        x.requires_grad_()
     for parameter in model.parameters():
         parameter.data = weight_layout(parameter.data)
     optimizer, criterion = make(model, settings)
@@ -1197,7 +1199,7 @@ class Busy(nn.Module):
 
 @pytest.mark.promise("in-place activations")
 @pytest.mark.promise("one module called several times in a forward pass")
-@pytest.mark.parametrize("settings", curvatures(FISHERS))
+@pytest.mark.parametrize("settings", ONE_EACH)
 def test_in_place_activations_change_nothing(settings: dict[str, Any]) -> None:
     results = []
     for inplace in (False, True):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kfac.arguments import NON_NEGATIVE, Constraint, argument_error
 from kfac.checkpoint import check_contents, check_keys, check_value, contents
+from kfac.update import all_finite
 
 FallbackName = Literal["sgd", "adamw"]
 OptimizerFactory = Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]
@@ -69,12 +70,18 @@ class Fallback:
 
     def step(
         self, gradients: Mapping[nn.Parameter, Tensor], groups: Sequence[dict[str, Any]]
-    ) -> None:
+    ) -> bool:
         """Update the parameters.
 
         Args:
             gradients: Used in place of the parameters' ``.grad``.
             groups: K-FAC's parameter groups, whose learning rates set the schedule.
+
+        Returns:
+            Whether they and their state are finite; if not, they are as they were.
+
+        Cost:
+            Copies of parameters and state, and a wait for the device.
         """
         self._follow()
         used: dict[nn.Parameter, Tensor] = {}
@@ -90,8 +97,25 @@ class Fallback:
                     gradient = gradients[parameter]
                     used[parameter] = -gradient if group["maximize"] else gradient
         members = [p for group in self.optimizer.param_groups for p in group["params"]]
+        values = [p.detach().clone() for p in members]
+        states = {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()}
+        if not all_finite(list(used.values())):
+            return False
         with _gradients_replaced(members, used):
             self.optimizer.step()
+        if all_finite([*members, *self._state_tensors()]):
+            return True
+        for parameter, value in zip(members, values, strict=True):
+            parameter.copy_(value)
+        self.optimizer.state.clear()
+        self.optimizer.state.update(states)
+        return False
+
+    def _state_tensors(self) -> Iterator[Tensor]:
+        for state in self.optimizer.state.values():
+            yield from (
+                v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()
+            )
 
     def _where_parameters_are(self) -> list[tuple[torch.device, torch.dtype]]:
         groups = self.optimizer.param_groups

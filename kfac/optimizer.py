@@ -1,7 +1,7 @@
 """The optimizer: K-FAC's preconditioned gradients, trust region, momentum and weight decay."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -39,7 +39,7 @@ from kfac.schedules import Scheduled, growing_period, growing_refresh_period
 from kfac.state import Parts
 from kfac.summary import Summary
 from kfac.trainable import entries, members_of, refuse_meta, refuse_twice, unnamed
-from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
+from kfac.update import all_finite, descend, kl_clip_scale, predicted_change, stays_finite
 
 _CLOSURE = Constraint(
     "a function that returns the loss or None", lambda v: v is None or callable(v)
@@ -104,6 +104,8 @@ class KFAC(torch.optim.Optimizer):
 
     Note:
         A step whose gradient is not finite changes nothing and is counted by :meth:`diagnostics`.
+        So does one that would make a parameter or its momentum infinite; but the factors take in
+        its batch.
 
     Source:
         Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
@@ -360,24 +362,21 @@ class KFAC(torch.optim.Optimizer):
         engine.blocks.refresh(damping, plan.refresh)
         directions = engine.blocks.precondition(gradients, damping)
         accept = accept & self._rescale(directions, gradients).to(accept)
-        for stack in directions.stacks:
-            stack.direction.masked_fill_(~accept.to(stack.direction.device), 0.0)
         by_parameter = directions.by_parameter()
         # The update overwrites what it is given, and gradients are the user's.
         steps = {
             p: by_parameter[p].to(p.dtype) if p in by_parameter else g.clone()
             for p, g in gradients.items()
         }
-        unchecked = [
+        accept = self._step_fallback(gradients, accept & self._stays_finite(steps).to(accept))
+        copies = [
             step
             for p, step in steps.items()
             if p not in directions.whole or by_parameter[p].dtype != p.dtype
         ]
-        accept = accept & all_finite(unchecked).to(accept)
-        for step in unchecked:
-            step.masked_fill_(~accept.to(step.device), 0.0)
+        for tensor in [stack.direction for stack in directions.stacks] + copies:
+            tensor.masked_fill_(~accept.to(tensor.device), 0.0)
         self._descend(steps, accept)
-        self._step_fallback(gradients, accept)
         if self._graft is not None:
             self._graft.commit(self.state, accept)
         engine.advance(plan, accept)
@@ -448,7 +447,10 @@ class KFAC(torch.optim.Optimizer):
             stack.direction.mul_(self._kl_clip_scale.to(stack.direction))
         return change.isfinite()
 
-    def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
+    def _moves(
+        self, directions: Mapping[nn.Parameter, Tensor]
+    ) -> Iterator[tuple[list[nn.Parameter], list[Tensor], list[Tensor] | None, dict[str, Any]]]:
+        """Parameters that move together, their directions, momentum and group."""
         elsewhere = self._fallback_ids if self._fallback is not None else set()
         for group in self.param_groups:
             batches: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
@@ -456,17 +458,39 @@ class KFAC(torch.optim.Optimizer):
                 if parameter in directions and id(parameter) not in elsewhere:
                     batches[parameter.dtype, parameter.device].append(parameter)
             for members in batches.values():
-                descend(
-                    members,
-                    [directions[p] for p in members],
-                    self._momentum_buffers(members) if group["momentum"] else None,
-                    lr=group["lr"],
-                    momentum=group["momentum"],
-                    nesterov=group["nesterov"],
-                    weight_decay=group["weight_decay"],
-                    maximize=group["maximize"],
-                    accept=accept,
-                )
+                buffers = self._momentum_buffers(members) if group["momentum"] else None
+                yield members, [directions[p] for p in members], buffers, group
+
+    def _stays_finite(self, directions: Mapping[nn.Parameter, Tensor]) -> Tensor:
+        """Whether parameters and momentum will be finite after :meth:`_descend`."""
+        device = self._engine.params[0].device
+        answers = [
+            stays_finite(
+                members,
+                steps,
+                buffers,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                weight_decay=group["weight_decay"],
+            ).to(device)
+            for members, steps, buffers, group in self._moves(directions)
+        ]
+        return torch.stack(answers).all() if answers else torch.ones((), dtype=torch.bool)
+
+    def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
+        for members, steps, buffers, group in self._moves(directions):
+            descend(
+                members,
+                steps,
+                buffers,
+                lr=group["lr"],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                weight_decay=group["weight_decay"],
+                maximize=group["maximize"],
+                accept=accept,
+            )
 
     def _momentum_buffers(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:
         buffers = []
@@ -479,9 +503,11 @@ class KFAC(torch.optim.Optimizer):
             buffers.append(state["momentum_buffer"])
         return buffers
 
-    def _step_fallback(self, gradients: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
-        if self._fallback is not None and bool(accept):
-            self._fallback.step(gradients, self.param_groups)
+    def _step_fallback(self, gradients: Mapping[nn.Parameter, Tensor], accept: Tensor) -> Tensor:
+        """Take the fallback's step if K-FAC's is accepted; whether that is so, and it was sound."""
+        if self._fallback is None or not bool(accept):
+            return accept
+        return accept & self._fallback.step(gradients, self.param_groups)
 
     def __getstate__(self) -> dict[str, Any]:
         """Refuse copies: they would watch the original's model."""

@@ -554,7 +554,7 @@ class Preconditioner:
         last inverse because the new factors could not be decomposed.
         "dropped_statistics" counts layers' statistics that were not finite or came with a gradient
         that was not; "nonfinite_batches" counts steps with such a gradient or such a preconditioned
-        gradient, which changed no parameter.
+        gradient, or with a move to what is not finite, which changed no parameter.
         """
         return {
             "steps": self.steps,

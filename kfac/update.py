@@ -58,6 +58,60 @@ def kl_clip_scale(change: Tensor, kl_clip: float) -> Tensor:
     return (kl_clip / change.abs()).sqrt().nan_to_num(nan=1.0).clamp(max=1.0)
 
 
+def stays_finite(
+    parameters: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    buffers: Sequence[Tensor] | None = None,
+    *,
+    lr: float | Tensor = 1.0,
+    momentum: float = 0.0,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> Tensor:
+    """Whether :func:`descend` leaves only finite numbers: a boolean scalar, left on the device.
+
+    From bounds by the largest elements of each tensor, max|m| ← momentum·max|m| + max|Δ| and
+    max|p| ← |1 − lr·weight_decay|·max|p| + lr·max|m|, of which 0.9 of the dtype's range is allowed,
+    for rounding. Changes nothing.
+
+    Args:
+        parameters: Tensors of one dtype and device.
+        directions: Δ of each.
+        buffers: m of each, or None without momentum.
+        lr: Learning rate.
+        momentum: Momentum factor.
+        nesterov: Whether to look ahead along the new buffer.
+        weight_decay: Decoupled weight decay, per unit of learning rate.
+
+    Cost:
+        Reads every tensor once.
+    """
+
+    def within_range(order: float) -> Tensor:
+        p, direction = _norms(parameters, order), _norms(directions, order)
+        move = direction
+        if buffers is not None:
+            move = direction + momentum * _norms(buffers, order)
+            if nesterov:
+                move = torch.maximum(move, direction + momentum * move)
+        rate = torch.as_tensor(lr, dtype=p.dtype, device=p.device).reshape(())
+        moved = (1 - rate * weight_decay).abs() * p + rate * move
+        limit = 0.9 * torch.finfo(parameters[0].dtype).max
+        # What is not a number is not less. The rate itself is held in that dtype, too.
+        return (torch.maximum(move, moved) < limit).all() & (rate * max(1.0, weight_decay) < limit)
+
+    if parameters[0].device.type == "cpu" and (is_sure := within_range(2.0)):
+        return is_sure  # the Euclidean norm is the larger one and takes a fraction of the time
+    return within_range(float("inf"))
+
+
+def _norms(tensors: Sequence[Tensor], order: float) -> Tensor:
+    """Norm of each tensor ``[tensors]`` in float32 or better, of some order."""
+    tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
+    norms = torch.stack(torch._foreach_norm(tensors, order))
+    return norms.to(torch.promote_types(norms.dtype, torch.float32))
+
+
 def descend(
     parameters: Sequence[Tensor],
     directions: Sequence[Tensor],
@@ -78,7 +132,7 @@ def descend(
 
     Args:
         parameters: Tensors to update.
-        directions: Δ of each, finite; they serve as work space and are overwritten.
+        directions: Δ of each; they serve as work space and are overwritten. Zero if not accepted.
         buffers: m of each, or None without momentum; zero before the first step.
         lr: Learning rate.
         momentum: Momentum factor.
@@ -86,7 +140,7 @@ def descend(
         weight_decay: Decoupled weight decay, per unit of learning rate.
         maximize: Ascend instead.
         accept: Boolean scalar; False leaves parameters and buffers as they are, without a
-            host-device synchronisation.
+            host-device synchronisation. See :func:`stays_finite`.
 
     Source:
         Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization"; momentum as in

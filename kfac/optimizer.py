@@ -320,7 +320,14 @@ class KFAC(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with torch.autocast(engine.params[0].device.type, enabled=False):
-            self._update()
+            try:
+                self._update()
+            except BaseException:
+                # The batch is given up, and a scaler takes back its scale only after a step.
+                engine.discard()
+                for note in ("grad_scale", "found_inf"):
+                    self.__dict__.pop(note, None)
+                raise
         return loss
 
     @property
@@ -395,7 +402,6 @@ class KFAC(torch.optim.Optimizer):
         if getattr(self, "found_inf", None) is None:
             return 1.0, 1.0
         if self._engine.fisher == "empirical" and self._engine.capture.active:
-            self.found_inf = None  # the scaler's note on this step only
             raise RuntimeError(
                 "The gradients were unscaled before step(), so the scale that the hooks of the "
                 "empirical Fisher saw is unknown. Construct KFAC with grad_scaler=scaler."

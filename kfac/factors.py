@@ -166,7 +166,7 @@ class Bucket:
         """Fold pending averages into the running ones and forget them.
 
         A layer without statistics in this batch keeps its average. So does one with a statistic
-        that is not finite: a NaN or inf anywhere in a batch reaches the trace.
+        that is not finite.
 
         Args:
             present: Of how many processes each layer's pending averages are the sum ``[layers]``.
@@ -176,9 +176,9 @@ class Bucket:
         Returns:
             Boolean ``[layers]``: whose statistics were dropped.
         """
-        traces = [_probed(name, f).flatten(1).sum(1) for name, f in self.pending.items()]
+        finite = torch.stack([_are_finite(pending) for pending in self.pending.values()]).all(0)
         seen = present > 0
-        usable = seen & torch.stack(traces).sum(0).isfinite() & accept.to(self.device)
+        usable = seen & finite & accept.to(self.device)
         total = decay * self.weight + 1
         share = torch.where(usable, 1 / total, 0.0)
         for name, pending in self.pending.items():
@@ -196,10 +196,9 @@ def _like(vector: Tensor, target: Tensor) -> Tensor:
     return vector.view(-1, *[1] * (target.dim() - 1))
 
 
-def _probed(name: str, factor: Tensor) -> Tensor:
-    """Elements that are not finite if any of a pending sum is."""
-    is_matrix = name != "S" and factor.dim() >= 4
-    return factor.diagonal(dim1=-2, dim2=-1) if is_matrix else factor
+def _are_finite(stack: Tensor) -> Tensor:
+    """Whether every element of each layer is finite, ``[layers]``."""
+    return stack.flatten(1).sum(1).isfinite()
 
 
 def fill_buckets(

@@ -71,14 +71,15 @@ def test_a_layer_without_statistics_keeps_its_average_and_its_weight() -> None:
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("factor", ["A", "G"])
+@pytest.mark.parametrize("at", [(1, 1), (0, 1)], ids=["on the diagonal", "beside it"])
 def test_statistics_that_are_not_finite_are_dropped_for_their_layer_only(
-    bad: float, factor: str
+    bad: float, factor: str, at: tuple[int, int]
 ) -> None:
     target = bucket("a", "b")
     for index in (0, 1):
         feed(target, index, 1.0, 1.0)
     spoilt = torch.zeros_like(target.pending[factor][0])
-    spoilt[0, 1, 1] = bad
+    spoilt[0][at] = bad
     target.accumulate(0, factor, spoilt)
     dropped = fold(target, 0.5, ONE, YES)
     assert dropped.tolist() == [True, False]

@@ -6,10 +6,10 @@ the caller can keep its last good result.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import torch
 from torch import Tensor
-from torch.linalg import LinAlgError  # type: ignore[attr-defined]
 
 # A decomposition: matrices [n, d, d] -> results (each [n, ...]) and whether each matrix failed [n].
 Routine = Callable[[Tensor], tuple[tuple[Tensor, ...], Tensor]]
@@ -23,7 +23,8 @@ def robustly(routine: Routine, matrices: Tensor) -> tuple[tuple[Tensor, ...], Te
         matrices: Symmetric matrices ``[..., d, d]``.
 
     Returns:
-        The results ``[..., ...]`` and a boolean ``[...]``, True where every remedy failed.
+        The results ``[..., ...]`` and a boolean ``[...]``, True where every remedy failed and
+        where the matrix is not finite.
 
     Cost:
         One host-device synchronisation to see whether anything failed.
@@ -31,8 +32,10 @@ def robustly(routine: Routine, matrices: Tensor) -> tuple[tuple[Tensor, ...], Te
     leading = matrices.shape[:-2]
     flat = matrices.reshape(-1, *matrices.shape[-2:])
     flat = (flat + flat.mT) / 2
-    results, failed = routine(flat)
-    for index in failed.nonzero().flatten().tolist():
+    hopeless = ~flat.abs().amax((1, 2)).isfinite()
+    results, failed = routine(torch.where(hopeless.view(-1, 1, 1), 0.0, flat))
+    failed |= hopeless
+    for index in (failed & ~hopeless).nonzero().flatten().tolist():
         for candidate in _remedies(flat[index : index + 1]):
             retried, still_failed = routine(candidate)
             if not still_failed.item():
@@ -56,13 +59,18 @@ def _remedies(matrix: Tensor) -> Iterator[Tensor]:
 
 def inverse_by_cholesky(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     """Inverses of positive definite matrices ``[n, d, d]``, as a :data:`Routine`."""
+    (inverses,) = _of_each(_cholesky_inverse, matrices, (torch.full_like(matrices, torch.nan),))
+    return (inverses,), ~inverses.flatten(1).sum(1).isfinite()
+
+
+def _cholesky_inverse(matrices: Tensor) -> tuple[Tensor, ...]:
+    """Inverses ``[..., d, d]``, NaN where there is no Cholesky decomposition."""
     triangles, info = torch.linalg.cholesky_ex(matrices)
-    undone = (info != 0).view(-1, 1, 1)
+    undone = (info != 0)[..., None, None]
     eye = torch.eye(matrices.shape[-1], dtype=matrices.dtype, device=matrices.device)
     # A zero on the diagonal makes cholesky_inverse raise for the whole stack.
     inverses = torch.cholesky_inverse(torch.where(undone, eye, triangles))
-    failed = undone.flatten() | ~inverses.flatten(1).sum(1).isfinite()
-    return (inverses,), failed
+    return (inverses.masked_fill(undone, torch.nan),)
 
 
 def eigenbasis(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
@@ -71,22 +79,34 @@ def eigenbasis(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
     The library raises for the whole stack when one matrix fails, and some backends return NaN
     without a word; both are turned into flags per matrix.
     """
-    finite = matrices.flatten(1).sum(1).isfinite()
-    safe = torch.where(finite.view(-1, 1, 1), matrices, 0.0)
-    try:
-        values, vectors = torch.linalg.eigh(safe)
-    except LinAlgError:
-        values, vectors = _eigh_one_by_one(safe)
-    failed = ~(finite & values.sum(1).isfinite() & vectors.flatten(1).sum(1).isfinite())
+    blank = torch.full_like(matrices, torch.nan)
+    values, vectors = _of_each(_eigh, matrices, (blank[..., 0].clone(), blank))
+    failed = ~(values.sum(1).isfinite() & vectors.flatten(1).sum(1).isfinite())
     return (values.clamp(min=0), vectors), failed
 
 
-def _eigh_one_by_one(matrices: Tensor) -> tuple[Tensor, Tensor]:
-    values = matrices.new_full(matrices.shape[:-1], float("nan"))
-    vectors = torch.full_like(matrices, float("nan"))
-    for index, matrix in enumerate(matrices):
-        try:
-            values[index], vectors[index] = torch.linalg.eigh(matrix)
-        except LinAlgError:
-            continue  # stays NaN, which the caller flags
-    return values, vectors
+def _eigh(matrices: Tensor) -> tuple[Tensor, ...]:
+    return tuple(torch.linalg.eigh(matrices))
+
+
+def _of_each(
+    solve: Callable[[Tensor], tuple[Tensor, ...]], matrices: Tensor, blank: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """What a library makes of a stack, or of each matrix by itself where it raises for the stack.
+
+    Not only for what it cannot decompose: the libraries of some devices have errors of their own,
+    and a stack may need more memory than there is.
+
+    Args:
+        solve: Takes ``[n, d, d]`` or ``[d, d]``.
+        matrices: ``[n, d, d]``.
+        blank: The results for matrices at which it raises, which serve as work space.
+    """
+    try:
+        return solve(matrices)
+    except RuntimeError:
+        for index, matrix in enumerate(matrices):
+            with suppress(RuntimeError):
+                for target, value in zip(blank, solve(matrix), strict=True):
+                    target[index] = value
+        return blank

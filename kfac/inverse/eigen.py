@@ -103,6 +103,7 @@ class Eigen(Inverse):
         for name, factor in factors.items():
             if factor.dim() == 3:
                 state[f"{name}_eigenvalues"] = factor.clamp(min=0)
+                failed |= ~factor.isfinite().flatten(1).all(1)
                 continue
             rows = block.sizes()[name]
             parts = zip(whole_blocks(factor, rows), _parts(state, name, rows), strict=True)

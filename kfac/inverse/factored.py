@@ -45,7 +45,7 @@ class FactoredDamping(Inverse):
             matrix = damped(factors[name], amount)
             if matrix.dim() == 3:
                 torch.reciprocal(matrix, out=state[f"{name}_inverse"])
-                failed |= ~(matrix > 0).flatten(1).all(1)
+                failed |= ~((matrix > 0) & matrix.isfinite()).flatten(1).all(1)
                 continue
             rows = block.sizes()[name]
             parts = zip(

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.linalg import LinAlgError
 
 from kfac import KFAC, Cholesky
-from kfac.inverse import cholesky, decompose
+from kfac.inverse import cholesky
 from kfac.inverse.decompose import Routine, eigenbasis, inverse_by_cholesky, robustly
 
 EYE = torch.eye(3, dtype=torch.float64)
@@ -24,6 +25,36 @@ def test_inverses_and_eigenbases_against_the_dense_ones() -> None:
     (values, vectors), failed = robustly(eigenbasis, matrices)
     assert not failed.any()
     torch.testing.assert_close(vectors @ values.diag_embed() @ vectors.mT, matrices)
+
+
+def test_a_library_that_cannot_invert_the_whole_stack_is_asked_one_by_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cholesky_ex = torch.linalg.cholesky_ex
+
+    def picky(matrices: Tensor) -> tuple[Tensor, Tensor]:
+        if matrices.dim() == 3 or matrices[0, 0] == 7:
+            raise RuntimeError("CUSOLVER_STATUS_INTERNAL_ERROR")
+        return cholesky_ex(matrices)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", picky)
+    matrices = positive_definite(2)
+    matrices[1, 0, 0] = 7
+    (inverse,), failed = inverse_by_cholesky(matrices)
+    assert failed.tolist() == [False, True]
+    torch.testing.assert_close(inverse[0], torch.linalg.inv(matrices[0]))
+
+
+@pytest.mark.parametrize("at", [(1, 1), (0, 1)], ids=["on the diagonal", "beside it"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("routine", [inverse_by_cholesky, eigenbasis])
+def test_a_matrix_that_is_not_finite_is_flagged(
+    routine: Routine, bad: float, at: tuple[int, int]
+) -> None:
+    matrices = positive_definite(2)
+    matrices[1][at] = matrices[1].mT[at] = bad
+    _, failed = robustly(routine, matrices)
+    assert failed.tolist() == [False, True]
 
 
 def test_leading_axes_are_kept() -> None:
@@ -49,6 +80,7 @@ def test_a_singular_matrix_is_inverted_with_jitter() -> None:
     assert inverse.isfinite().all()
 
 
+@pytest.mark.promise("a decomposition that fails")
 def test_remedies_are_tried_in_order_of_cost() -> None:
     tried = []
 
@@ -62,14 +94,15 @@ def test_remedies_are_tried_in_order_of_cost() -> None:
     assert not failed.any()
 
 
+@pytest.mark.parametrize("error", [LinAlgError, RuntimeError, torch.OutOfMemoryError])
 def test_a_library_that_raises_for_the_whole_stack_is_asked_one_by_one(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     eigh = torch.linalg.eigh
 
     def picky(matrices: Tensor) -> tuple[Tensor, Tensor]:
         if matrices.dim() == 3 or matrices[0, 0] == 7:
-            raise decompose.LinAlgError("cannot")
+            raise error("cannot")
         return eigh(matrices)
 
     monkeypatch.setattr(torch.linalg, "eigh", picky)

@@ -85,7 +85,8 @@ class NewtonSchulz(FactoredDamping):
         last, last_residual = (previous[key].flatten(0, 2) for key in ("inverse", "residual"))
         x, r, bound = _start(flat, amount.flatten(), last, last_residual)
         x = _refined(flat, _iterate(x, r, bound, self.max_iterations), bound > 0)
-        residual = _norm(_residual(flat, x))
+        # Of none at all, too, it is said that it was found by products.
+        residual = _norm(_residual(flat, x)).clamp(min=torch.finfo(x.dtype).tiny)
         failed = ~(residual <= self.tolerance * flat.shape[-1] ** 0.5)
         if failed.any():
             undone = failed.clone()

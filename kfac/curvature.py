@@ -58,6 +58,7 @@ class Curvature:
         self._seen = dict.fromkeys(self.layers, False)
         self._warned: set[str] = set()
         self._failures = dict.fromkeys(self.layers, 0)
+        self._failed_now: set[str] = set()  # of the layers, since the last step
         slots = {
             name: (bucket, index)
             for bucket in self._all_buckets
@@ -99,7 +100,8 @@ class Curvature:
         )
 
     def discard(self) -> None:
-        """Forget the pending statistics."""
+        """Forget the pending statistics; another step begins."""
+        self._failed_now.clear()
         for bucket in self._all_buckets:
             bucket.discard()
 
@@ -235,11 +237,23 @@ class Curvature:
             if is_kept and not has_failed:
                 continue  # nothing is known of it yet
             self.ready[name] |= not has_failed
-            self._failures[name] = self._failures[name] + 1 if has_failed else 0
             self.counters["failed_refreshes"] += has_failed
-            if self._failures[name] >= self.inverse.max_consecutive_failures:
+            if self._count_failure(name, has_failed):
                 exhausted.append(name)
         return exhausted
+
+    def _count_failure(self, name: str, has_failed: bool) -> bool:
+        """Count steps in a row in which a layer could not be decomposed; whether it is too many.
+
+        A step that looks for its damping refreshes several times, and is counted once.
+        """
+        if not has_failed:
+            self._failures[name] = 0
+            return False
+        if name not in self._failed_now:
+            self._failed_now.add(name)
+            self._failures[name] += 1
+        return self._failures[name] >= self.inverse.max_consecutive_failures
 
     def _carry_second_moments(
         self,
@@ -250,11 +264,15 @@ class Curvature:
         kept: Tensor,
     ) -> None:
         """Take second moments to their new basis, or start them from its eigenvalues."""
-        bucket, state = self.buckets[index], self.states[index]
+        bucket = self.buckets[index]
+        state = {key: tensor[members] for key, tensor in self.states[index].items()}
         old = bucket.factors["S"][members]
-        moved = inverse.moved_second_moments(old, {k: t[members] for k, t in state.items()}, new)
+        moved = inverse.moved_second_moments(old, state, new)
         first = inverse.first_second_moments(new, bucket.shape)
         ready = torch.tensor([self.ready[bucket.names[i]] for i in members], device=bucket.device)
+        # Where the basis is the same, so are they, without a rounding.
+        same = [(new[key] == state[key]).flatten(1).all(1) for key in new if "vectors" in key]
+        kept = kept | (ready & torch.stack(same).all(0)) if same else kept | ready
         ready, kept = (mask.view(-1, 1, 1, 1) for mask in (ready, kept))
         bucket.factors["S"][members] = torch.where(kept, old, torch.where(ready, moved, first))
 

@@ -23,8 +23,9 @@ class Inverse(ABC):
     loops.
 
     Args:
-        max_consecutive_failures: Refreshes in a row in which a layer may keep its last good
-            inverse because the new factors could not be decomposed, before it is an error.
+        max_consecutive_failures: Refreshes in a row, of one step each, in which a layer may keep
+            its last good inverse because the new factors could not be decomposed, before it is an
+            error.
     """
 
     # Whether the strategy needs second moments of per-example gradients in its own basis; it then

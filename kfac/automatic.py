@@ -234,6 +234,8 @@ class AutomaticStep:
             is_done = not finite or self._step(groups, state, objective, evaluated, plan.refresh)
             self.rejected += not is_done
         finally:
+            if not finite:
+                evaluated.start.restore_buffers()
             if evaluated.is_watched and not is_done:
                 evaluated.start.restore()
                 objective.restore(saved)
@@ -263,6 +265,9 @@ class AutomaticStep:
         else:
             self._engine.blocks.refresh(self._by_layer(objective, damping), due)
             chosen = self._choose(objective, damping)
+        if not (math.isfinite(chosen.change) and objective.stays_finite(chosen.step)):
+            self._raise_damping()
+            return False
         objective.move(chosen.step)
         if evaluated.is_watched:
             if found is None:
@@ -295,18 +300,25 @@ class AutomaticStep:
         saved = [p.detach().clone() for p in moved]
         for parameter in moved:
             parameter.sub_(state[parameter]["last_step"])
-        is_why = bool(moved) and self._evaluates_soundly(evaluated)
+        is_why = False
+        try:
+            is_why = bool(moved) and self._evaluates_soundly(evaluated)
+        finally:
+            if not is_why:
+                for parameter, value in zip(moved, saved, strict=True):
+                    parameter.copy_(value)
         if is_why:
             for parameter in moved:
                 del state[parameter]["last_step"]
-            rule = self._settings.levenberg_marquardt
-            if rule is not None and self.damping is not None:
-                self.damping = rule.adapted(self.damping, math.nan, rule.period * 4)
+            self._raise_damping()
             self.rejected += 1
-        else:
-            for parameter, value in zip(moved, saved, strict=True):
-                parameter.copy_(value)
         return is_why
+
+    def _raise_damping(self) -> None:
+        """Raise λ after a step that went wrong."""
+        rule = self._settings.levenberg_marquardt
+        if rule is not None and self.damping is not None:
+            self.damping = rule.adapted(self.damping, math.nan, rule.period * 4)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs besides the last steps."""

@@ -225,13 +225,14 @@ class LevenbergMarquardt:
 
 
 def reduction_ratio(change: float, predicted: float) -> float:
-    """ρ = (h(θ + δ) − h(θ)) / (M(δ) − M(0)); NaN where nothing was predicted.
+    """ρ = (h(θ + δ) − h(θ)) / (M(δ) − M(0)); NaN where no reduction was predicted.
 
     Args:
         change: h(θ + δ) − h(θ), of the whole objective on the batch of the step.
-        predicted: M(δ) − M(0), negative for a step that the model chose.
+        predicted: M(δ) − M(0), negative for a step that the model chose; with a given learning rate
+            a step may be too long for that.
 
     Source:
         Martens & Grosse 2015, section 6.5.
     """
-    return change / predicted if predicted else math.nan
+    return change / predicted if predicted < 0 else math.nan

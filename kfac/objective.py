@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfac.preconditioner import Preconditioner
 from kfac.quadratic_model import inner_products
+from kfac.update import stays_finite
 
 ByParameter = Mapping[nn.Parameter, Tensor]
 
@@ -73,6 +74,10 @@ class Objective:
         steps = self.aligned(step)
         here = [p.detach() - d / 2 for p, d in zip(self.parameters, steps, strict=True)]
         return float(inner_products([here], [steps], self.decays))
+
+    def stays_finite(self, step: ByParameter) -> bool:
+        """Whether :meth:`move` leaves only finite parameters; waits for the device."""
+        return all(stays_finite([p.detach()], [delta]) for p, delta in step.items())
 
     @torch.no_grad()
     def move(self, step: ByParameter) -> None:

@@ -41,15 +41,21 @@ class Start:
         if self._curvature is not None:
             self._blocks.restore(self._curvature)
 
-    @torch.no_grad()
     def _restore_surroundings(self) -> None:
         for device, state in self._random.items():
             if device is None:
                 torch.set_rng_state(state)
             else:
                 torch.cuda.set_rng_state(state, device)
+        self.restore_buffers()
+
+    @torch.no_grad()
+    def restore_buffers(self) -> None:
+        """Go back as far as the model's buffers go, those that it had with these shapes."""
         for name, buffer in self._model.named_buffers():
-            buffer.copy_(self._buffers[name])
+            # One that a forward pass has made or resized is a cache, and the module counts on it.
+            if name in self._buffers and self._buffers[name].shape == buffer.shape:
+                buffer.copy_(self._buffers[name])
 
     @contextmanager
     def again(self) -> Iterator[None]:

@@ -172,6 +172,7 @@ def test_ratio_of_reductions() -> None:
     assert reduction_ratio(-3.0, -2.0) == 1.5
     assert reduction_ratio(1.0, -2.0) == -0.5
     assert math.isnan(reduction_ratio(-1.0, 0.0))
+    assert math.isnan(reduction_ratio(1.0, 2.0))
     assert math.isnan(reduction_ratio(NAN, -1.0))
 
 

@@ -184,7 +184,7 @@ class Capture:
     def end_step(self, step: int) -> None:
         """Forget what belongs to the step that is over; ``step`` steps are completed now."""
         if self.vectors is not None:
-            self.vectors.start_step(step)
+            self.vectors.step = step
         self._unclaimed.clear()
         self._check.report()
         self.discard()
@@ -197,6 +197,8 @@ class Capture:
         self.missing = ""
         self.statistics.discard()
         self._check.give_up()
+        if self.vectors is not None:
+            self.vectors.start_step(self.vectors.step)
         if self.recorder is not None:
             self.recorder.clear()
 

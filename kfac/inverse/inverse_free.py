@@ -157,7 +157,10 @@ def _error(whitened: Tensor) -> Tensor:
 
 def _sketch(matrices: Tensor, amount: Tensor) -> Tensor:
     """‖M v‖ for eight random v, and the damping: by them M is recognised, ``[n, 9]``."""
-    norms = torch.linalg.vector_norm(matrices @ _probes(matrices), dim=1)
+    images = matrices @ _probes(matrices)
+    largest = images.abs().amax(1, keepdim=True).clamp(min=torch.finfo(images.dtype).tiny)
+    # The squares of large elements may overflow, or those of small ones vanish.
+    norms = torch.linalg.vector_norm(images / largest, dim=1) * largest.squeeze(1)
     return torch.cat([norms, amount.unsqueeze(-1)], dim=1)
 
 

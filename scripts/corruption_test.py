@@ -358,7 +358,7 @@ def surroundings(corruption: Corruption | None) -> Iterator[None]:
                 if index == corruption.place % len(bucket.names):
                     # A huge sum of outer products has no negative eigenvalues either.
                     scale = value if math.isfinite(value) else 1.0
-                    moment = moment * scale
+                    moment = (moment * scale).contiguous()
                     if scale == 1.0:
                         moment.view(-1)[:: corruption.place + 1] = value
                 accumulate(bucket, index, name, moment, rows)

@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_map_only
 from kfac.hooks import silent_hooks
 
 Selector = Callable[[Any], Tensor | None]
-# Of each module by its name in the model, the buffers by their names in the module.
+_PLAIN = (bool, int, float, str, type(None))
+# Of each module by its name in the model, by their names in the module.
 Buffers = Mapping[str, Mapping[str, Tensor | None]]
+PlainAttributes = Mapping[str, Mapping[str, Any]]
 
 
 class Kept(NamedTuple):
@@ -120,6 +122,7 @@ class RecordedCall:
     Attributes:
         args, kwargs: Arguments, their tensors kept free of graphs.
         buffers: Values before the call, by module and by name in the module.
+        attributes: Likewise the numbers, strings and the like that modules have besides.
         random_states: Of the generators of the CPU (under None) and of other devices.
         autocast: By device type, whether it was on and its dtype.
         select: Picks the loss's input out of the model's output, where that was told.
@@ -130,6 +133,7 @@ class RecordedCall:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     buffers: Buffers
+    attributes: PlainAttributes
     random_states: dict[torch.device | None, Tensor]
     autocast: dict[str, tuple[bool, torch.dtype]]
     select: Selector | None
@@ -182,7 +186,7 @@ class RecordedCall:
             The input of every loss.
         """
         args, kwargs = tree_map_only(Kept, Kept.get, (self.args, self.kwargs), is_leaf=_is_kept)
-        with self._surroundings(), _with_buffers(model, self.buffers):
+        with self._surroundings(), _with_state(model, self.buffers, self.attributes):
             output = functional_call(model, dict(parameters), args, kwargs)
             tensors = list(tensors_in(output))
             if self.select is not None and any(loss.view.source < 0 for loss in self.losses):
@@ -247,6 +251,7 @@ class Recorder:
             kept_args,
             kept_kwargs,
             _copied({name: m._buffers for name, m in self._model.named_modules()}),
+            {name: _plain_attributes(m) for name, m in self._model.named_modules()},
             states,
             {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds},
             self._select,
@@ -312,22 +317,38 @@ def _copied(buffers: Buffers) -> Buffers:
 
 
 @contextmanager
-def _with_buffers(model: nn.Module, buffers: Buffers) -> Iterator[None]:
-    """Within it, the modules have copies of these buffers, and no others.
+def _with_state(model: nn.Module, buffers: Buffers, attributes: PlainAttributes) -> Iterator[None]:
+    """Within it, the modules have copies of these buffers, these plain attributes, and no others.
 
-    A call may replace, reshape, register and delete buffers, which no list of names can undo.
+    A call may replace, reshape, register and delete buffers, which no list of names can undo, and
+    modules that do so often remember in a number what they have.
     """
-    now = [(name, module, dict(module._buffers)) for name, module in model.named_modules()]
+    now = [
+        (name, module, dict(module._buffers), _plain_attributes(module))
+        for name, module in model.named_modules()
+    ]
     then = _copied(buffers)
-    for name, module, _ in now:
-        module._buffers.clear()
-        module._buffers.update(then.get(name, {}))
+    for name, module, _, _ in now:
+        _replace(module, then.get(name, {}), attributes.get(name, {}))
     try:
         yield
     finally:
-        for _, module, own in now:
-            module._buffers.clear()
-            module._buffers.update(own)
+        for _, module, own, plain in now:
+            _replace(module, own, plain)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    return {key: value for key, value in module.__dict__.items() if isinstance(value, _PLAIN)}
+
+
+def _replace(
+    module: nn.Module, buffers: Mapping[str, Tensor | None], attributes: Mapping[str, Any]
+) -> None:
+    module._buffers.clear()
+    module._buffers.update(buffers)
+    for key in _plain_attributes(module).keys() - attributes.keys():
+        del module.__dict__[key]
+    module.__dict__.update(attributes)
 
 
 def _view_in(call: RecordedCall, tensor: Kept) -> View | None:

@@ -785,7 +785,7 @@ MUTANTS: dict[str, tuple[object, str, Callable, Callable[[], Any]]] = {
     ),
     "running statistics updated again": (
         kfac.recorder,
-        "_with_buffers",
+        "_with_state",
         lambda original, *_: nullcontext(),
         check_untouched,
     ),

@@ -1128,7 +1128,7 @@ class Counting(nn.Module):
 
     def __init__(self, change: str) -> None:
         super().__init__()
-        self.layer, self.change = nn.Linear(4, 3), change
+        self.layer, self.change, self.noted = nn.Linear(4, 3), change, 0
         self.register_buffer("count", torch.zeros(1))
         self.register_buffer("late", None)
         self.register_buffer("spare", torch.ones(2))
@@ -1154,12 +1154,20 @@ class Counting(nn.Module):
         elif self.change == "deleted" and "spare" in self._buffers:
             shift = self.spare.sum()
             del self.spare
+        elif self.change == "registered, and noted in a number":
+            if not self.noted:
+                self.noted += 1
+                self.register_buffer("new", torch.ones(3))
+            shift = self.new.sum()
+        elif self.change == "only a number":
+            self.noted += 1
+            shift = self.noted
         return self.layer(x) + shift
 
 
 CHANGES_OF_BUFFERS = [
     "added to from the second call on", "replaced by another shape", "registered", "filled",
-    "deleted",
+    "deleted", "registered, and noted in a number", "only a number",
 ]  # fmt: skip
 
 

@@ -22,7 +22,7 @@ PAIRS = [(i, f) for i in INVERSES for f in FISHERS if (i, f) != ("ekfac", "forwa
 EVERY_STEP = {"factor_update_period": 1, "inverse_update_period": 1}
 # What counts bad batches and the steps that they were, and what follows from that count.
 TALLIES = {"steps", "dropped_statistics", "nonfinite_batches", "factor_updates"}
-TALLIES |= {"inverse_refreshes", "skipped_refreshes", "kl_clip_scale", "captures_next"}
+TALLIES |= {"inverse_refreshes", "skipped_refreshes", "kl_clip_scale", "captures_next", "made_from"}
 
 Closure = Callable[[], Tensor]
 

@@ -11,7 +11,6 @@ Statistics thus enter only with a backward pass of the user, so ``zero_grad`` ca
 a batch that was given up, wherever in the loop it stands.
 """
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from kfac.arguments import POSITIVE_INTEGER, Constraint, argument_error, check, nearest
+from kfac.calls import CallReader
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
 from kfac.graph import Fate, current_pass, fate_of_gradient, mark, mark_of, marks_behind
@@ -33,23 +32,6 @@ from kfac.recorder import Recorder, tensors_in
 from kfac.statistics import Bases, ForwardRecord, Sink, Statistics
 from kfac.taps import Taps
 from kfac.vectors import OutputVectors
-
-OutputSelector = str | int | Callable[[Any], Tensor]
-
-OUTPUTS = Constraint(
-    "a key, an index, a callable or None",
-    lambda v: v is None or callable(v) or (isinstance(v, (str, int)) and not isinstance(v, bool)),
-)
-PositionMask = str | Callable[..., Tensor | None]
-
-POSITION_MASK = Constraint(
-    "the name of an argument of the model, a callable or None",
-    lambda v: v is None or callable(v) or isinstance(v, str),
-)
-LOSS_TERMS = Constraint(
-    "an integer >= 1, a callable or None",
-    lambda v: v is None or callable(v) or POSITIVE_INTEGER.accepts(v),
-)
 
 # Why a backward pass was not counted; continues "No statistics were collected".
 _DERIVATIVE = (
@@ -74,14 +56,11 @@ class Capture:
         fisher: Which Fisher matrix the statistics are for.
         likelihood: What ``criterion=`` stands for, if given.
         criterion: The object that the user calls to compute the loss, if it is a module.
-        outputs: Picks the tensor that the loss is computed from out of the model's output.
-        loss_terms: Number of loss terms in a batch where it is not the batch size.
-        position_mask: Where a call's argument or a function of all tells which positions are real.
+        reader: What the user has told about the model's arguments and outputs.
         vectors: What a Fisher pass sends; None where the user's backward pass feeds the factors.
         bases: Where second moments of per-example gradients are wanted, the bases to take them in.
         fraction: Share of a batch's examples that moments are estimated from.
         records_calls: Whether the model's calls are kept until the step, to be made again.
-        owner: Class name in error messages.
 
     Attributes:
         recorder: The calls that are kept; None if none are.
@@ -104,24 +83,18 @@ class Capture:
         fisher: FisherType,
         likelihood: Likelihood | None,
         criterion: object,
-        outputs: OutputSelector | None,
-        loss_terms: int | Callable[..., int] | None,
-        position_mask: PositionMask | None,
+        reader: CallReader,
         vectors: OutputVectors | None,
         bases: Bases | None,
         fraction: float,
         records_calls: bool = False,
-        owner: str = "KFAC",
     ) -> None:
-        self._owner = owner
         self._forget = forget
         self.fisher = fisher
         self.likelihood = likelihood
-        self.outputs = outputs
-        self.loss_terms = loss_terms
-        self.position_mask = position_mask
         self.vectors = vectors
-        select = None if outputs is None else self._select
+        self._reader = reader
+        select = reader.output if reader.selects else None
         self.recorder = Recorder(unwrapped(model), select) if records_calls else None
         self.terms: Tensor | float = 0.0
         self._count = 0  # changes whenever ``terms`` starts anew
@@ -131,7 +104,6 @@ class Capture:
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._criterion_called = False
         self._has_looked_for_mixing = False
-        self._has_seen_mask = False
         # Outputs that no criterion has claimed; held until the backward pass or the next step.
         self._unclaimed: dict[ForwardRecord, Tensor] = {}
         self._in_forward = False
@@ -142,9 +114,6 @@ class Capture:
         self._key = f"kfac-{id(self)}"  # of this capture in the metadata of graph nodes
         self._pass: object | None = None  # the Fisher pass that is under way
         self._model = model
-        self._signature = inspect.signature(unwrapped(model).forward)
-        if isinstance(position_mask, str):
-            _check_parameter(owner, position_mask, self._signature)
         self._layers = layers
         self.taps = Taps(model, layers, self._visit, self._key)
         self._handles = self._register(model, criterion)
@@ -217,48 +186,11 @@ class Capture:
             return
         if current_pass() is None:
             self.statistics.flush()
-        batch_size = next((t.size(0) for t in tensors_in((args, kwargs)) if t.dim() > 0), None)
-        terms = self.loss_terms if self.loss_terms is not None else batch_size
-        if callable(terms):
-            terms = terms(*args, **kwargs)
-            check(
-                self._owner,
-                "loss_terms",
-                terms,
-                POSITIVE_INTEGER,
-                "It was returned by the function for this batch.",
-            )
-        self._record = ForwardRecord(batch_size, terms, self._mask(args, kwargs))
+        self._record = self._reader.read(args, kwargs)
         if self.recorder is not None:
             self._record.repeatable = self.recorder.begin(args, kwargs)
         self.taps.begin_call(self._record)
         self._in_forward = True
-
-    def _mask(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
-        """Which positions of a call are real, as a boolean tensor."""
-        if self.position_mask is None:
-            return None
-        if callable(self.position_mask):
-            mask = self.position_mask(*args, **kwargs)
-        elif self.position_mask in kwargs:
-            mask = kwargs[self.position_mask]
-        else:
-            mask = self._signature.bind_partial(*args, **kwargs).arguments.get(self.position_mask)
-        if mask is None:
-            return None
-        found: object = mask
-        if isinstance(mask, Tensor):
-            # Looked at once, since it waits for the device.
-            is_new = not self._has_seen_mask
-            if not (is_new and mask.is_floating_point() and bool((mask < 0).any())):
-                self._has_seen_mask = True
-                return mask.detach() != 0
-            found = "a tensor with negative elements, as for adding to attention scores"
-        raise argument_error(
-            self._owner, "position_mask",
-            "the name of a tensor argument, or a function that returns a tensor [N, T]", found,
-            "Let it be 1 where a position is real and 0 where it is padding.",
-        )  # fmt: skip
 
     def _end_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
         """Watch the model's output for the user's backward pass."""
@@ -277,7 +209,7 @@ class Capture:
             mark(tensor, self._key, record)
             on_backward(tensor, self._enter, record)
         if self.likelihood is not None and not self._criterion_called:
-            self._watch_unclaimed(record, self._select(output), tensors)
+            self._watch_unclaimed(record, self._reader.output(output), tensors)
 
     def _watch_unclaimed(
         self, record: ForwardRecord, output: Tensor | None, tensors: Sequence[Tensor]
@@ -301,32 +233,6 @@ class Capture:
         is_computed_anew = all(tensor is not output for tensor in tensors)
         for tensor in tensors if is_computed_anew else [output]:
             on_backward(tensor, self._reach_unclaimed, record, output.detach())
-
-    def _select(self, output: Any) -> Tensor | None:
-        found = output
-        if self.outputs is not None and output is not None:
-            try:
-                found = self.outputs(output) if callable(self.outputs) else output[self.outputs]
-            except (LookupError, TypeError) as error:
-                raise self._no_such_output(output, "nothing") from error
-            if not isinstance(found, Tensor):
-                raise self._no_such_output(output, f"a {type(found).__name__}")
-        if not isinstance(found, Tensor):
-            return None
-        if found.is_nested:
-            raise RuntimeError(
-                "The model's output is a nested tensor, of which K-FAC cannot tell the loss terms. "
-                "Let the model return a padded one."
-            )
-        return found
-
-    def _no_such_output(self, output: Any, found: str) -> ValueError:
-        keys = f" with the keys {list(output)}" if isinstance(output, Mapping) else ""
-        return argument_error(
-            self._owner, "outputs", "what picks a tensor out of the model's output", self.outputs,
-            f"It picks {found} out of a {type(output).__name__}{keys}. Pass the key or the index "
-            "of the tensor that the loss is computed from, or a function that returns it.",
-        )  # fmt: skip
 
     def _claim(
         self, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -644,17 +550,6 @@ def _scalar(likelihood: Likelihood, output: Tensor, target: Tensor | None) -> Te
         f"{type(likelihood).__name__}.normalizer() must give a tensor without dimensions, but gave "
         f"{normalizer!r}. See kfac.Likelihood."
     )
-
-
-def _check_parameter(owner: str, name: str, signature: inspect.Signature) -> None:
-    """Refuse the name of an argument that a model does not take."""
-    parameters = signature.parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    if name not in parameters and not takes_any:
-        raise argument_error(
-            owner, "position_mask", f"one of the model's arguments {list(parameters)}", name,
-            nearest(name, parameters) or "Or pass a function of them.",
-        )  # fmt: skip
 
 
 class Claims:

@@ -17,7 +17,7 @@ from kfac.arguments import (
     check,
 )
 from kfac.automatic import Auto, AutomaticStep, ModelSettings
-from kfac.capture import OutputSelector, PositionMask
+from kfac.calls import OutputSelector, PositionMask
 from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory
 from kfac.fisher import FisherType, Likelihood, LossReduction

@@ -20,14 +20,15 @@ from kfac.arguments import (
     check,
     one_of,
 )
-from kfac.capture import (
+from kfac.calls import (
     LOSS_TERMS,
     OUTPUTS,
     POSITION_MASK,
-    Capture,
+    CallReader,
     OutputSelector,
     PositionMask,
 )
+from kfac.capture import Capture
 from kfac.curvature import Curvature
 from kfac.distributed.communication import Ranks
 from kfac.fisher import (
@@ -265,13 +266,16 @@ class Preconditioner:
             "fisher": self.fisher,
             "likelihood": self.likelihood,
             "criterion": criterion,
-            "outputs": outputs,
-            "loss_terms": loss_terms,
-            "position_mask": position_mask,
+            "reader": CallReader(
+                model,
+                outputs=outputs,
+                loss_terms=loss_terms,
+                position_mask=position_mask,
+                owner=owner,
+            ),
             "fraction": factor_fraction,
             "vectors": self._vectors,
             "records_calls": records_calls,
-            "owner": owner,
         }
         self.capture = self._watch()
         self._joining = model.register_forward_pre_hook(ModuleHook(model, self._join))

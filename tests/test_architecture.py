@@ -36,7 +36,9 @@ ALLOWED = {
     "gradient_check": {"graph", "layers"},
     "uses": {"graph", "layers"},
     "taps": {"graph", "hooks", "layers", "linear_calls", "statistics", "uses"},
+    "calls": {"names", "recorder", "statistics"},
     "capture": {
+        "calls",
         "fisher",
         "gradient_check",
         "graph",

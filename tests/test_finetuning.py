@@ -11,8 +11,8 @@ import torch
 from mutants import replace
 from torch import Tensor, nn
 
-import kfac.statistics
 from kfac import KFAC
+from kfac.calls import CallReader
 from kfac.factors import Bucket
 from kfac.fisher import CrossEntropy, _TermwiseLikelihood
 
@@ -500,7 +500,7 @@ MUTANTS: dict[str, tuple[Callable, Callable]] = {
         partial(check_ignored_tokens, "type-2", None),
     ),
     "inputs of ignored terms": (
-        replace(kfac.statistics, "_mask_of", lambda original, *call: None),
+        replace(CallReader, "_mask", lambda original, *call: None),
         partial(check_ignored_tokens, "type-2", None),
     ),
 }  # fmt: skip

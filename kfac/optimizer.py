@@ -526,7 +526,7 @@ class KFAC(torch.optim.Optimizer):
         """Take over loaded groups, where "auto" is a plain string."""
         super().__setstate__(state)
         for group in self.param_groups:
-            group |= {key: Auto(value) for key, value in group.items() if isinstance(value, str)}
+            group |= {key: Auto(value) for key, value in group.items() if value == "auto"}
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""
@@ -676,7 +676,7 @@ def _check_automatic(
 def _plain(value: Any) -> Any:
     """A number as Python's own type, which checkpoints hold; tensors and schedules as they are."""
     if isinstance(value, str):
-        return Auto(value)
+        return Auto(value) if value == "auto" else value
     if isinstance(value, bool | Tensor) or callable(value):
         return value
     return float(value)

@@ -189,6 +189,14 @@ def test_automatic_settings_are_saved_as_plain_strings() -> None:
     assert optimizer.state_dict()["param_groups"] == [group]
 
 
+def test_other_strings_in_a_group_stay_what_they_are() -> None:
+    layer = nn.Linear(2, 2)
+    groups = [{"params": list(layer.parameters()), "name": "body"}]
+    optimizer = KFAC(layer, groups)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert type(optimizer.param_groups[0]["name"]) is str
+
+
 @pytest.mark.parametrize(
     "clip",
     [

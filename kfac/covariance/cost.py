@@ -75,7 +75,7 @@ def methods(
     Patches that do not overlap are a mere view of the input, and libraries unfold the input of a
     convolution in float64.
     """
-    overlapping = any(d * k > s or k > s for k, s, d in zip(*layout[:3], strict=True))
+    overlapping = any(k > s for k, s in zip(layout.kernel, layout.stride, strict=True))
     if axes is None or not shape[0] or (not overlapping and not any(map(any, layout.margins))):
         return ("unfold",)
     return ("unfold", "fourier") if itemsize > 4 else ("unfold", "weight gradient", "fourier")

@@ -1,5 +1,7 @@
 """The split of λ over two factors, and what happens where a factor is zero."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
@@ -37,6 +39,17 @@ def test_pi_is_one_where_a_trace_is_zero(a: float, g: float) -> None:
 def test_diagonal_factors_have_the_trace_of_dense_ones() -> None:
     dense = factor(1.0, 2.0, 4.0)
     assert trace(dense).tolist() == trace(dense.diagonal(dim1=2, dim2=3)).tolist() == [[7.0]]
+
+
+def test_blocks_on_the_diagonal_have_the_trace_of_all_and_are_damped_alike() -> None:
+    blocks = torch.randn(2, 3, 4, 5, 5, dtype=torch.float64)
+    traces = [[sum(b.trace().item() for b in group) for group in layer] for layer in blocks]
+    assert trace(blocks).tolist() == [pytest.approx(layer) for layer in traces]
+    amount = torch.rand(2, 3, dtype=torch.float64)
+    added = damped(blocks, amount) - blocks
+    for layer, group, block in product(range(2), range(3), range(4)):
+        expected = amount[layer, group] * torch.eye(5, dtype=torch.float64)
+        torch.testing.assert_close(added[layer, group, block], expected)
 
 
 def test_damping_is_added_to_a_copy() -> None:

@@ -14,7 +14,7 @@ def bucket(*names: str) -> Bucket:
     return Bucket(list(names), SMALL, torch.float64, CPU)
 
 
-def feed(target: Bucket, index: int, a: float, g: float, rows: int = 1) -> None:
+def feed(target: Bucket, index: int, a: float, g: float, rows: int | Tensor = 1) -> None:
     target.accumulate(index, "A", torch.full((1, 2, 2), a, dtype=torch.float64), rows)
     target.accumulate(index, "G", torch.full((1, 3, 3), g, dtype=torch.float64))
 
@@ -43,10 +43,24 @@ def test_layers_of_one_shape_dtype_and_device_share_a_bucket() -> None:
         ("dense", "dense", {"A": (2, 4, 4), "G": (2, 3, 3)}),
         ("diagonal", "dense", {"A": (2, 4), "G": (2, 3, 3)}),
         ("dense", "identity", {"A": (2, 4, 4)}),
+        ("identity", "block-diagonal", {"G": (2, 2, 2, 2)}),
     ],
 )
 def test_kinds_of_factors_decide_what_is_stored(a_kind, g_kind, shapes) -> None:
-    assert BlockShape(2, 4, 3, a_kind, g_kind).factor_shapes() == shapes
+    assert BlockShape(2, 4, 3, a_kind, g_kind, g_block=2).factor_shapes() == shapes
+
+
+def test_a_bucket_moves_as_a_whole() -> None:
+    target = bucket("a")
+    feed(target, 0, 1.0, 1.0)
+    before = target.weight, *target.factors.values(), *target.pending.values()
+    target.to(CPU)
+    after = target.weight, *target.factors.values(), *target.pending.values()
+    assert all(one is other for one, other in zip(before, after, strict=True))
+    target.to(torch.device("meta"))
+    moved = target.weight, *target.factors.values(), *target.pending.values()
+    assert target.device.type == "meta"
+    assert all(tensor.device.type == "meta" for tensor in moved)
 
 
 def test_a_is_divided_by_its_rows_and_g_by_the_given_scale() -> None:
@@ -87,6 +101,43 @@ def test_statistics_that_are_not_finite_are_dropped_for_their_layer_only(
     feed(target, 0, 2.0, 2.0)
     fold(target, 0.5, ONE, YES)
     assert values(target, 0) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("factor", ["A", "G", "S"])
+def test_every_element_of_diagonals_and_second_moments_is_looked_at(factor: str) -> None:
+    shape = BlockShape(2, 3, 4, "diagonal", "diagonal")
+    size = Bucket(["a"], shape, torch.float64, CPU, True).pending[factor][0].numel()
+    for at in range(size):
+        target = Bucket(["a"], shape, torch.float64, CPU, with_second_moments=True)
+        for name, pending in target.pending.items():
+            target.accumulate(0, name, torch.ones_like(pending[0]), rows=1)
+        target.pending[factor].view(-1)[at] = float("nan")
+        assert fold(target, 0.5, ONE, YES).tolist() == [True]
+        assert not any(average.any() for average in target.factors.values())
+
+
+def test_every_diagonal_block_is_looked_at() -> None:
+    for at in range(3):
+        target = Bucket(["a"], BlockShape(1, 5, 1, "block-diagonal", a_block=2), torch.float64, CPU)
+        target.accumulate(0, "A", torch.ones(1, 3, 2, 2, dtype=torch.float64), rows=1)
+        target.pending["A"][0, 0, at, 0, 0] = float("inf")
+        assert fold(target, 0.5, ONE, YES).tolist() == [True]
+
+
+def test_numbers_of_rows_may_be_known_to_the_device_only() -> None:
+    target = bucket("a", "b")
+    feed(target, 0, 6.0, 1.0, rows=torch.tensor(3))
+    feed(target, 1, 6.0, 1.0, rows=2)
+    assert target.normalize(ONE).tolist() == [1.0, 1.0]
+    assert [target.pending["A"][i].mean().item() for i in (0, 1)] == [2.0, 3.0]
+
+
+def test_a_sum_of_several_processes_is_divided_by_their_number() -> None:
+    target = bucket("a")
+    feed(target, 0, 6.0, 4.0)
+    target.fold(2 * target.normalize(ONE), 0.5, YES)
+    assert values(target, 0) == (3.0, 2.0)
+    assert target.weight.item() == 1.0
 
 
 def test_a_rejected_batch_is_forgotten() -> None:

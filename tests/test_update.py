@@ -70,6 +70,12 @@ def test_one_bad_element_is_found(bad: float) -> None:
     assert not all_finite(tensors)
 
 
+def test_tensors_without_elements_are_finite() -> None:
+    assert all_finite([])
+    assert all_finite([torch.zeros(0)])
+    assert not all_finite([torch.zeros(0), torch.tensor([math.nan])])
+
+
 def test_large_but_finite_gradients_are_accepted() -> None:
     assert all_finite([torch.full((1000,), 1e30)])
 

@@ -1,10 +1,12 @@
 """Buckets: which layers share one, and which statistics enter the averages."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch import Tensor
 
-from kfac.factors import BlockShape, Bucket, fill_buckets
+from kfac.factors import BlockShape, Bucket, as_kind, fill_buckets, whole_blocks
 
 CPU, YES, ONE = torch.device("cpu"), torch.tensor(True), torch.ones(())
 SMALL, LARGE = BlockShape(1, 2, 3), BlockShape(2, 4, 3)
@@ -170,3 +172,59 @@ def test_the_average_is_exact_for_a_decay_that_changes() -> None:
     second = (0.9 * 1 + 2) / 1.9
     expected = (0.5 * 1.9 * second + 5) / 1.95
     assert average([0.7, 0.9, 0.5], [1.0, 2.0, 5.0]).item() == pytest.approx(expected)
+
+
+# Factors of one kind as another, with two groups of five rows
+
+ROWS = 5
+KINDS = {"dense": 0, "diagonal": 1, "blocks of 2": 2, "blocks of 3": 3, "blocks of 5": 5}
+
+
+def stored(matrix: Tensor, kind: str) -> Tensor:
+    """What a kind of factor keeps of matrices `[groups, rows, rows]`, element by element."""
+    size = KINDS[kind]
+    if size == 0:
+        return matrix
+    if size == 1:
+        return torch.stack([m.diagonal() for m in matrix])
+    blocks = torch.zeros(len(matrix), -(-ROWS // size), size, size, dtype=matrix.dtype)
+    for i, j in product(range(ROWS), repeat=2):
+        if i // size == j // size:
+            blocks[:, i // size, i % size, j % size] = matrix[:, i, j]
+    return blocks
+
+
+def kept(kind: str) -> Tensor:
+    """Which elements a kind of factor keeps."""
+    ones, size = torch.ones(ROWS, ROWS, dtype=torch.float64), KINDS[kind] or ROWS
+    return ones * torch.tensor([[i // size == j // size for j in range(ROWS)] for i in range(ROWS)])
+
+
+@pytest.mark.parametrize("target", KINDS)
+@pytest.mark.parametrize("source", KINDS)
+def test_a_factor_of_one_kind_is_read_as_another(source: str, target: str) -> None:
+    matrix = torch.randn(2, ROWS, ROWS, dtype=torch.float64)
+    like = stored(torch.full_like(matrix, 7.0), target).float()
+    result = as_kind(stored(matrix, source), like)
+    assert result.dtype == torch.float32
+    assert torch.equal(result, stored(matrix * kept(source), target).float())
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4])
+def test_blocks_are_seen_without_what_the_last_is_filled_up_with(size: int) -> None:
+    count = -(-ROWS // size)
+    factor = torch.randn(3, 2, count, size, size, dtype=torch.float64)
+    parts = whole_blocks(factor, ROWS)
+    blocks = [block for part in parts for block in part.unbind(2)]
+    assert [block.shape[-1] for block in blocks] == [
+        min(size, ROWS - size * i) for i in range(count)
+    ]
+    for i, block in enumerate(blocks):
+        rows = block.shape[-1]
+        assert torch.equal(block, factor[:, :, i, :rows, :rows])
+        assert block.untyped_storage().data_ptr() == factor.untyped_storage().data_ptr()
+
+
+def test_a_dense_factor_is_one_block() -> None:
+    (part,) = whole_blocks(torch.zeros(3, 2, ROWS, ROWS), ROWS)
+    assert part.shape == (3, 2, 1, ROWS, ROWS)

@@ -221,6 +221,45 @@ def test_the_normalizer_is_that_of_the_criterion(case: str) -> None:
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=0.0)
 
 
+def example_output(case: str) -> Tensor:
+    torch.manual_seed(1)
+    shape = (4, 3, 5) if case == "positions" else (4, 3)
+    return torch.randn(shape, dtype=torch.float64, requires_grad=True)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_vectors_of_a_likelihood_make_the_hessian_of_every_example(case: str) -> None:
+    make, target = CASES[case]
+    output = example_output(case)
+    likelihood = likelihood_of(make(), None, "KFAC")
+    vectors = torch.stack(list(likelihood.vectors(output, target, 4))).flatten(2)
+    assert len(vectors) == likelihood.num_vectors(output, 4) == output[0].numel()
+    hessian = loss_hessian(output, target, make(reduction="sum")).view(4, len(vectors), 4, -1)
+    for n in range(4):
+        torch.testing.assert_close(vectors[:, n].T @ vectors[:, n], hessian[n, :, n], **EXACT)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_a_likelihood_gives_holds_no_graph(case: str) -> None:
+    make, target = CASES[case]
+    output = example_output(case)
+    likelihood: Any = likelihood_of(make(), None, "KFAC")
+    found = [
+        likelihood.normalizer(output, target),
+        likelihood.sample(output, target, torch.Generator()),
+        likelihood.hessian_products(output, target, [torch.ones_like(output)]),
+        *likelihood.vectors(output, target, 4),
+    ]
+    assert not any(tensor.requires_grad for tensor in found)
+
+
+def test_a_single_class_may_have_a_weight_and_ignored_targets() -> None:
+    criterion = nn.CrossEntropyLoss(weight=torch.tensor([3.0]))
+    target = torch.tensor([0, -100, 0])
+    found = likelihood_of(criterion, None, "KFAC").normalizer(torch.randn(3, 1), target)
+    assert found.item() == 6.0
+
+
 class Foreign:
     """A likelihood of the user's own: the protocol, and nothing else."""
 

@@ -14,7 +14,11 @@ MODULES = {
 # The tests of a file, by the start of its path: the first that fits.
 _SUITES = {
     "kfac/factors.py": ("tests/test_factors.py", "tests/test_ties.py"),
-    "kfac/fisher.py": ("tests/test_fisher_products.py", "tests/test_monte_carlo.py"),
+    "kfac/fisher.py": (
+        "tests/test_fisher_products.py",
+        "tests/test_monte_carlo.py",
+        "tests/test_arguments.py",
+    ),
     "kfac/damping.py": ("tests/test_damping.py",),
     "kfac/quadratic_model.py": ("tests/test_quadratic_model.py",),
     "kfac/update.py": ("tests/test_update.py",),
@@ -26,6 +30,7 @@ _SUITES = {
     ),
     "kfac/inverse/ekfac.py": ("tests/inverse/test_ekfac.py",),
     "kfac/inverse/factored.py": (
+        "tests/inverse/test_kinds.py",
         "tests/inverse/test_newton_schulz.py",
         "tests/inverse/test_staleness.py",
     ),

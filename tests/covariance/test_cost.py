@@ -197,12 +197,13 @@ def test_strides_of_up_to_16_phases_are_correlated() -> None:
         (2, {"stride": 2}, ["unfold"]),
         (1, {"dilation": 3}, ["unfold"]),
         (2, {"stride": 2, "padding": 1}, ["unfold", "weight gradient", "fourier"]),
+        (2, {"stride": 2, "padding": (1, 0)}, ["unfold", "weight gradient", "fourier"]),
         (3, {"stride": 2}, ["unfold", "weight gradient", "fourier"]),
         (2, {}, ["unfold", "weight gradient", "fourier"]),
     ],
 )
 def test_patches_that_overlap_or_leave_the_input_are_worth_a_comparison(
-    kernel: int, geometry: dict[str, int], expected: list[Method]
+    kernel: int, geometry: dict[str, Any], expected: list[Method]
 ) -> None:
     assert methods(*problem((8, 3, 32, 32), kernel, **geometry), 4) == tuple(expected)
 

@@ -160,6 +160,23 @@ def test_patches_are_never_materialised(
     assert largest.bytes <= 1.6 * x.untyped_storage().nbytes()
 
 
+@pytest.mark.parametrize(("numbers", "times"), [(2**18, 4), (2**19 - 1, 2), (2**40, 1), (0, 2**23)])
+def test_a_chunk_is_as_large_as_the_cache_likes_it(numbers: int, times: int) -> None:
+    assert kernels.CHUNK_BYTES == 2**23
+    assert kernels._chunk(numbers, torch.zeros((), dtype=torch.float64)) == times
+
+
+@pytest.mark.parametrize(("least", "pieces"), [(0, 5), (3 * (4 * 6 + 4), 2), (10**6, 1)])
+def test_a_large_result_is_updated_less_often(
+    monkeypatch: pytest.MonkeyPatch, least: int, pieces: int
+) -> None:
+    # 3 examples of 2 channels: 5 frequencies of 8 shifts, 4 · 6 + 2² numbers each
+    monkeypatch.setattr(kernels, "_chunk", lambda numbers, like: 1 if numbers == 28 else 100)
+    x = random(3, 1, 2, 6)
+    lines = kernels._transforms_of_lines(x, [8], least, kernels._Workspace(x))
+    assert len(list(lines)) == pieces
+
+
 LARGE = (128, 16, 32, 32)
 
 

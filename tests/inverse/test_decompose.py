@@ -81,17 +81,44 @@ def test_a_singular_matrix_is_inverted_with_jitter() -> None:
 
 
 @pytest.mark.promise("a decomposition that fails")
-def test_remedies_are_tried_in_order_of_cost() -> None:
-    tried = []
+@pytest.mark.parametrize("needed", [1, 2, 3])
+def test_remedies_are_tried_in_order_of_cost_on_what_failed_only(needed: int) -> None:
+    """Jitter of the mean eigenvalue's rounding, in float64 as well, and ten times as much there."""
+    bad = torch.diag(torch.tensor([3.0, 0.0, 0.0]))
+    stack = torch.stack([torch.eye(3), bad, 2 * torch.eye(3)])
+    tried: list[Tensor] = []
 
     def stubborn(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-        tried.append(matrices.dtype)
-        good = len(tried) == 4
-        return (matrices,), torch.full((len(matrices),), not good)
+        tried.append(matrices)
+        failed = torch.tensor([False, True, False]) if len(tried) == 1 else torch.tensor([True])
+        return (7 * matrices,), failed if len(tried) <= needed else torch.zeros(1, dtype=torch.bool)
 
-    _, failed = robustly(stubborn, torch.eye(3).unsqueeze(0))
-    assert tried == [torch.float32, torch.float32, torch.float64, torch.float64]
+    (result,), failed = robustly(stubborn, stack)
     assert not failed.any()
+    jitter = torch.finfo(torch.float32).eps * 3 * (3.0 / 3)
+    dtypes = [torch.float32, torch.float64, torch.float64]
+    amounts = [jitter, jitter, 10 * jitter]
+    assert torch.equal(tried[0], stack)
+    assert len(tried) == 1 + needed
+    for attempt, dtype, amount in zip(tried[1:], dtypes, amounts, strict=False):
+        assert attempt.dtype == dtype
+        assert attempt[0].diagonal()[1:].tolist() == pytest.approx([amount, amount])
+        assert attempt[0, 0, 0].item() == pytest.approx(3.0, rel=1e-5)
+        assert attempt[0].count_nonzero() == 3
+    assert torch.equal(result[[0, 2]], 7 * stack[[0, 2]])
+    assert torch.equal(result[1], (7 * tried[-1][0]).float())
+
+
+def test_a_matrix_without_a_remedy_is_reported() -> None:
+    tried = []
+
+    def hopeless(matrices: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        tried.append(matrices.dtype)
+        return (matrices,), torch.ones(len(matrices), dtype=torch.bool)
+
+    _, failed = robustly(hopeless, torch.eye(3).unsqueeze(0))
+    assert tried == [torch.float32, torch.float32, torch.float64, torch.float64]
+    assert failed.tolist() == [True]
 
 
 @pytest.mark.parametrize("error", [LinAlgError, RuntimeError, torch.OutOfMemoryError])

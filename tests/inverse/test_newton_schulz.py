@@ -204,9 +204,20 @@ def test_a_limit_to_the_iterations_leaves_the_rest_to_cholesky(
     state, failed = refresh(factors, strategy=NewtonSchulz(max_iterations=3))
     assert not failed.any()
     assert torch.equal(state["A_inverse"], by_cholesky["A_inverse"])
+    assert not state["A_residual"].any()  # it is no start for the next refresh
+    assert (refresh(factors)[0]["A_residual"] > 0).all()
     products = Products(monkeypatch)
     refresh(factors, strategy=NewtonSchulz(max_iterations=3))
     assert products.counts == [3, 3]
+
+
+def test_every_block_has_a_residual_and_diagonals_have_none() -> None:
+    block = BlockShape(2, 7, 5, "block-diagonal", "diagonal", a_block=3)
+    assert NewtonSchulz().state_shapes(block) == {
+        "A_inverse": (2, 3, 3, 3), "A_residual": (2, 3), "G_inverse": (2, 5),
+    }  # fmt: skip
+    dense = NewtonSchulz().state_shapes(BlockShape(2, 7, 5))
+    assert (dense["A_residual"], dense["G_residual"]) == ((2, 1), (2, 1))
 
 
 # --- from the last inverse -------------------------------------------------------------------

@@ -257,6 +257,13 @@ def test_factors_of_every_kind_are_followed(kind: str) -> None:
     assert not torch.allclose(strategy.precondition(state, gradient, damping), expected, rtol=1e-3)
 
 
+def test_every_block_has_a_flag_and_diagonals_have_none() -> None:
+    block = BlockShape(2, 7, 5, "block-diagonal", "diagonal", a_block=3)
+    plain = {"A_eigenvalues": (2, 7), "A_eigenvectors": (2, 3, 3, 3), "G_eigenvalues": (2, 5)}
+    assert Eigen().state_shapes(block) == plain
+    assert Eigen(warm_start=True).state_shapes(block) == plain | {"A_is_start": (2, 3)}
+
+
 # --- the rotations ---------------------------------------------------------------------------
 
 
@@ -272,6 +279,16 @@ def test_one_pair_takes_one_rotation(matrix: list[list[float]]) -> None:
 def test_a_diagonal_matrix_is_left_alone() -> None:
     eye = torch.eye(3).double()[None]
     assert torch.equal(turned(eye, 2 * eye), eye)
+
+
+def test_the_misfit_is_that_of_its_formula() -> None:
+    rotated = torch.randn(2, 4, 4, dtype=torch.float64)
+    rotated = rotated + rotated.mT
+    values, floor = torch.rand(2, 4, dtype=torch.float64), torch.tensor([0.1, 0.5]).double()
+    for i, found in enumerate(rotations.misfit(rotated, values, floor)):
+        roots = torch.diag((values[i] + floor[i]) ** -0.5)
+        expected = torch.linalg.matrix_norm(roots @ (rotated[i] - values[i].diag()) @ roots) / 2
+        torch.testing.assert_close(found, expected)
 
 
 def test_rotations_square_the_error_where_eigenvalues_are_apart() -> None:

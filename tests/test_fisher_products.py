@@ -260,6 +260,22 @@ def test_a_single_class_may_have_a_weight_and_ignored_targets() -> None:
     assert found.item() == 6.0
 
 
+def test_type_2_needs_as_many_terms_for_every_example() -> None:
+    likelihood = likelihood_of(nn.MSELoss(), None, "KFAC")
+    with pytest.raises(ValueError, match=r"10 loss terms are not a multiple of the batch size 4"):
+        likelihood.num_vectors(torch.zeros(5, 2), 4)
+
+
+def test_class_weights_need_the_targets() -> None:
+    likelihood = likelihood_of(nn.CrossEntropyLoss(weight=torch.ones(3)), None, "KFAC")
+    with pytest.raises(ValueError, match="class weights depends on the targets"):
+        likelihood.sample(torch.zeros(4, 3), None, torch.Generator())
+    with pytest.raises(ValueError, match="class weights depends on the targets"):
+        likelihood.normalizer(torch.zeros(4, 3), None)
+    plain = likelihood_of(nn.CrossEntropyLoss(), None, "KFAC")
+    assert plain.normalizer(torch.zeros(4, 3), None).item() == 4
+
+
 class Foreign:
     """A likelihood of the user's own: the protocol, and nothing else."""
 
@@ -287,6 +303,11 @@ class ByHand(Foreign):
 
     def __init__(self, likelihood: Any) -> None:
         self.reduction = "mean"
+
+
+def test_a_likelihood_of_the_users_own_is_taken_as_it_is() -> None:
+    own = Foreign(likelihood_of(nn.MSELoss(), None, "KFAC"))
+    assert likelihood_of(own, None, "KFAC") is own
 
 
 def test_a_likelihood_of_the_users_own_may_bring_its_products() -> None:

@@ -204,6 +204,20 @@ def test_outputs_picks_the_logits_where_the_criterion_is_not_called(
     assert torch.equal(optimizer.factor("body.0")[1], expected.factor("0")[1])
 
 
+@pytest.mark.parametrize(("ignored", "shape"), [(-100, (8, 2, 5)), (1, (8, 2))])
+def test_targets_that_may_be_ignored_unseen_are_warned_of(
+    ignored: int, shape: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Conv1d(3, 2, 1) if len(shape) > 2 else net()
+    criterion = nn.CrossEntropyLoss(ignore_index=ignored)
+    optimizer = KFAC(model, lr=0.1, criterion=criterion, fisher="mc")
+    output = model(torch.randn(shape[0], 3, *shape[2:]))
+    with pytest.warns(UserWarning, match="does not see the targets.*ignore_index"):
+        F.cross_entropy(output, torch.zeros_like(output[:, 0]).long()).backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize("fisher", ["mc", "type-2"])
 def test_outputs_may_be_computed_anew_for_a_model_with_a_loss_of_its_own(fisher: Any) -> None:
     class Language(nn.Module):

@@ -23,7 +23,7 @@ _SUITES = {
     "kfac/quadratic_model.py": ("tests/test_quadratic_model.py",),
     "kfac/update.py": ("tests/test_update.py",),
     "kfac/inverse/decompose.py": ("tests/inverse/test_decompose.py",),
-    "kfac/inverse/base.py": ("tests/inverse/test_decompose.py",),
+    "kfac/inverse/base.py": ("tests/inverse/test_kinds.py",),
     "kfac/inverse/eigen.py": (
         "tests/inverse/test_warm_start.py",
         "tests/inverse/test_staleness.py",
@@ -34,7 +34,10 @@ _SUITES = {
         "tests/inverse/test_newton_schulz.py",
         "tests/inverse/test_staleness.py",
     ),
-    "kfac/inverse/inverse_free.py": ("tests/inverse/test_inverse_free.py",),
+    "kfac/inverse/inverse_free.py": (
+        "tests/inverse/test_inverse_free.py",
+        "tests/test_arguments.py",
+    ),
     "kfac/inverse/newton_schulz.py": ("tests/inverse/test_newton_schulz.py",),
     "kfac/inverse/rotations.py": ("tests/inverse/test_warm_start.py",),
     "kfac/inverse/staleness.py": ("tests/inverse/test_staleness.py",),

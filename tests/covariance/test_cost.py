@@ -5,8 +5,18 @@ from typing import Any
 
 import pytest
 
+from kfac.covariance import cost
 from kfac.covariance.axes import Axis
-from kfac.covariance.cost import RATES, Method, Work, axes_of, expected_seconds, methods, work_of
+from kfac.covariance.cost import (
+    RATES,
+    Method,
+    Work,
+    axes_of,
+    choose,
+    expected_seconds,
+    methods,
+    work_of,
+)
 from kfac.covariance.geometry import Layout, layout_of
 
 MIB = 2**20
@@ -180,6 +190,13 @@ def test_wide_numbers_take_longer_and_calls_do_not(method: Method, device: str, 
     expected = 2 * seconds + work.calls * per.calls
     actual = expected_seconds(method, *problem(shape, kernel, **geometry), device, 8)
     assert actual == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("fastest", ["unfold", "weight gradient", "fourier"])
+def test_the_fastest_is_chosen(fastest: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"unfold": 2.0, "weight gradient": 3.0, "fourier": 4.0} | {fastest: 1.0}
+    monkeypatch.setattr(cost, "expected_seconds", lambda method, *_: seconds[method])
+    assert choose(*problem((8, 3, 32, 32), 3), "cpu", 4) == fastest
 
 
 def test_rates_are_seconds() -> None:

@@ -177,6 +177,16 @@ def test_a_large_result_is_updated_less_often(
     assert len(list(lines)) == pieces
 
 
+def test_a_workspace_gives_out_one_buffer_per_name_as_large_as_the_largest_so_far() -> None:
+    space = kernels._Workspace(torch.zeros((), dtype=torch.float64))
+    first, again, other = space.take("a", 2, 3), space.take("a", 5), space.take("b", 6)
+    assert (first.shape, again.shape, first.dtype) == ((2, 3), (5,), torch.float64)
+    assert first.data_ptr() == again.data_ptr() != other.data_ptr()
+    larger = space.take("a", 7)
+    assert larger.shape == (7,)
+    assert space.take("a", 2).data_ptr() == larger.data_ptr()
+
+
 LARGE = (128, 16, 32, 32)
 
 

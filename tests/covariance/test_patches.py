@@ -238,6 +238,21 @@ def test_memory_layouts(layout: str, groups: int, kernel: int) -> None:
     assert_moments(LAYOUTS[layout](random(3, 4, 5, 6)), kernel, groups=groups, stride=2)
 
 
+@pytest.mark.parametrize("limit", [1, 3, 4, 7, 20, 10**6])
+def test_pieces_hold_as_many_patches_as_they_may(limit: int) -> None:
+    windows = windows_of("", torch.arange(3.0 * 5 * 6).view(3, 1, 5, 6), 2)  # 4 · 5 positions
+    pieces = list(unfold._parts(windows.view(), (0, 2, 3), limit))
+    counts = [len(piece) * piece.shape[2] * piece.shape[3] for piece in pieces]
+    assert sum(counts) == 60
+    assert max(counts) <= limit
+    assert len(pieces) == {1: 60, 3: 24, 4: 24, 7: 12, 20: 3, 10**6: 1}[limit]
+
+
+def test_pieces_are_sized_for_the_device() -> None:
+    assert unfold.chunk_bytes("cpu") == unfold.chunk_bytes("mps") == 16 * 2**20
+    assert unfold.chunk_bytes("cuda") == 128 * 2**20
+
+
 @pytest.mark.parametrize("shape", [(30,), (5, 6), (4, 2, 3)], ids=name)
 @pytest.mark.parametrize("limit", [1, 700, 3000, 10000])
 def test_pieces_of_any_size_add_up(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kfac.factors import BlockShape
-from kfac.inverse import Cholesky, Eigen, Inverse, NewtonSchulz
+from kfac.inverse import Cholesky, Eigen, Inverse, NewtonSchulz, merge
 
 LAYERS, GROUPS, D_IN, D_OUT = 2, 3, 5, 4
 DAMPING = torch.tensor([0.01, 0.3], dtype=torch.float64)
@@ -142,8 +142,22 @@ def test_a_factor_of_zero_leaves_the_damping() -> None:
     factors["G"] = torch.zeros_like(factors["G"])
     state, failed = strategy.refresh(block, factors, DAMPING, before_the_first(strategy, block))
     assert not failed.any()
+    assert strategy.staleness(block, factors, DAMPING, state).max() < 1e-10
     again, _ = strategy.refresh(block, factors, DAMPING, state)
     assert all(torch.equal(state[key], again[key]) for key in state)
     gradient = torch.randn(LAYERS, GROUPS, D_OUT, D_IN, dtype=torch.float64)
     step = strategy.precondition(state, gradient, DAMPING)
     torch.testing.assert_close(step, gradient / DAMPING.view(-1, 1, 1, 1))
+
+
+def test_merging_keeps_the_state_of_some_layers() -> None:
+    shapes = {"a": (4, 2, 3, 3), "b": (4,), "c": (4, 2)}
+    old = {key: torch.randn(shape) for key, shape in shapes.items()}
+    new = {key: torch.randn(3, *shape[1:]) for key, shape in shapes.items()}
+    before = {key: tensor.clone() for key, tensor in old.items()}
+    merge(old, new, torch.tensor([False, True, False]), [3, 1, 0])
+    for key in shapes:
+        assert torch.equal(old[key][3], new[key][0])
+        assert torch.equal(old[key][1], before[key][1])
+        assert torch.equal(old[key][0], new[key][2])
+        assert torch.equal(old[key][2], before[key][2])

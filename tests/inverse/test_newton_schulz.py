@@ -211,6 +211,17 @@ def test_a_limit_to_the_iterations_leaves_the_rest_to_cholesky(
     assert products.counts == [3, 3]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bound_of_a_norm_allows_for_rounding(dtype: torch.dtype) -> None:
+    eye = torch.eye(64, dtype=dtype)
+    ones = torch.ones(64, 64, dtype=dtype)  # one direction, so trace and norms are equal
+    expected = torch.tensor([1.0, 64.0], dtype=dtype) * (1 + 64 * torch.finfo(dtype).eps)
+    assert torch.equal(newton_schulz.norm_bound(torch.stack([eye, ones])), expected)
+    wide = torch.randn(3, 5, 9, dtype=dtype)
+    bounds = newton_schulz.norm_bound(wide @ wide.mT)
+    assert (bounds >= torch.linalg.matrix_norm(wide @ wide.mT, 2)).all()
+
+
 def test_every_block_has_a_residual_and_diagonals_have_none() -> None:
     block = BlockShape(2, 7, 5, "block-diagonal", "diagonal", a_block=3)
     assert NewtonSchulz().state_shapes(block) == {

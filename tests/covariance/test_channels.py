@@ -173,3 +173,27 @@ def test_oracle_catches(mutant: str) -> None:
     assert_close(channel_covariance(x), oracle(x))
     with pytest.raises(AssertionError):
         assert_close(MUTANTS[mutant](x), oracle(x))
+
+
+class Largest(TorchDispatchMode):
+    """Numbers in the largest product or copy that is made."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **kwargs or {})
+        if func.overloadpacket in (torch.ops.aten.bmm, torch.ops.aten.clone):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+@pytest.mark.parametrize(
+    ("shape", "numbers"),
+    [((5, 3, 40), 5 * 3 * 3), ((9, 6, 5), 9 * 6 * 5)],
+    ids=["a product per example", "a copy"],
+)
+def test_the_smaller_of_products_and_copy_is_made(shape: tuple[int, ...], numbers: int) -> None:
+    x = torch.randn(shape, dtype=torch.float64)
+    with Largest() as made:
+        channel_covariance(x)
+    assert made.numbers == numbers

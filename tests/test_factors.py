@@ -52,17 +52,23 @@ def test_kinds_of_factors_decide_what_is_stored(a_kind, g_kind, shapes) -> None:
     assert BlockShape(2, 4, 3, a_kind, g_kind, g_block=2).factor_shapes() == shapes
 
 
-def test_a_bucket_moves_as_a_whole() -> None:
+def tensors_of(target: Bucket) -> list[Tensor]:
+    return [target.weight, *target.factors.values(), *target.pending.values()]
+
+
+def test_a_bucket_moves_and_is_converted_as_a_whole() -> None:
     target = bucket("a")
     feed(target, 0, 1.0, 1.0)
-    before = target.weight, *target.factors.values(), *target.pending.values()
-    target.to(CPU)
-    after = target.weight, *target.factors.values(), *target.pending.values()
-    assert all(one is other for one, other in zip(before, after, strict=True))
-    target.to(torch.device("meta"))
-    moved = target.weight, *target.factors.values(), *target.pending.values()
+    before = tensors_of(target)
+    target.to(CPU, torch.float64)
+    assert all(one is other for one, other in zip(before, tensors_of(target), strict=True))
+    target.to(CPU, torch.float32)
+    assert target.dtype == torch.float32
+    for one, other in zip(before, tensors_of(target), strict=True):
+        assert torch.equal(one.float(), other)
+    target.to(torch.device("meta"), torch.float32)
     assert target.device.type == "meta"
-    assert all(tensor.device.type == "meta" for tensor in moved)
+    assert all(tensor.device.type == "meta" for tensor in tensors_of(target))
 
 
 def test_a_is_divided_by_its_rows_and_g_by_the_given_scale() -> None:

@@ -88,6 +88,7 @@ def outcomes(root: Path, jobs: Sequence[Job], at_once: int) -> Iterator[tuple[Jo
     if PACKAGE in sys.modules:
         raise RuntimeError(f"{PACKAGE} is already imported; children would test it unchanged.")
     prepare(root)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so as to clean up
     waiting = list(reversed(jobs))
     running: dict[int, tuple[Job, Path]] = {}
     try:
@@ -153,6 +154,7 @@ def start(root: Path, job: Job, folder: Path) -> int:
 
 def run_tests(root: Path, job: Job, folder: Path) -> int:
     """What a child does; pytest's exit status."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with (folder / "output").open("w") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

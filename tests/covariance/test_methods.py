@@ -177,6 +177,19 @@ def test_a_large_result_is_updated_less_often(
     assert len(list(lines)) == pieces
 
 
+def test_updates_of_a_result_read_as_many_numbers_as_it_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 6 shifts between 8 channels are 384 numbers; a frequency has 4 · 8 + 8² = 96 of 6 frequencies
+    updates = []
+    replace(
+        kernels, "_hermitian_products", lambda original, *a: updates.append(a[0]) or original(*a)
+    )(monkeypatch)
+    monkeypatch.setattr(kernels, "_chunk", lambda numbers, like: 1 if numbers == 96 else 100)
+    kernels.by_fourier(random(1, 1, 8, 6), [5], [1])
+    assert [len(spectrum) for spectrum in updates] == [4, 2]
+
+
 def test_a_workspace_gives_out_one_buffer_per_name_as_large_as_the_largest_so_far() -> None:
     space = kernels._Workspace(torch.zeros((), dtype=torch.float64))
     first, again, other = space.take("a", 2, 3), space.take("a", 5), space.take("b", 6)

@@ -53,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     }
     run(root, left, options.jobs, output)
     known = load(output)
+    order = list(MODULES)
     records = [known[digest(mutant)] for mutant in drawn]
+    records.sort(key=lambda record: (order.index(record.module), record.key))
     return report(records, json.loads((root / REASONS).read_text()))
 
 
@@ -61,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--count", type=int, default=300, help="how many mutants to draw")
+    result.add_argument("--count", type=int, default=400, help="how many mutants to draw")
     result.add_argument("--seed", type=int, default=0, help="of the draw")
     result.add_argument("--modules", nargs="+", choices=MODULES, default=list(MODULES))
     result.add_argument("--jobs", type=int, default=os.cpu_count(), help="tests at a time")

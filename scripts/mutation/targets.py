@@ -25,6 +25,7 @@ _SUITES = {
     "kfac/inverse/decompose.py": ("tests/inverse/test_decompose.py",),
     "kfac/inverse/base.py": ("tests/inverse/test_kinds.py",),
     "kfac/inverse/eigen.py": (
+        "tests/inverse/test_kinds.py",
         "tests/inverse/test_warm_start.py",
         "tests/inverse/test_staleness.py",
     ),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from kfac import KFAC
-from kfac.update import all_finite, descend, kl_clip_scale, predicted_change
+from kfac.update import all_finite, descend, kl_clip_scale, predicted_change, stays_finite
 
 YES = torch.tensor(True)
 
@@ -132,3 +132,44 @@ def test_a_learning_rate_may_be_a_tensor() -> None:
 
     for lr in (torch.tensor(0.1), torch.tensor([0.1])):
         torch.testing.assert_close(train(0.1), train(lr))
+
+
+# In float16, whose largest number is 65504; 0.9 of it is 58953.
+
+OVERFLOW = [
+    ("a parameter", 60000.0, 0.0, None, {}, False),
+    ("less of a parameter", 50000.0, 0.0, None, {}, True),
+    ("a step of rate 1", 40000.0, 30000.0, None, {}, False),
+    ("a smaller rate", 40000.0, 30000.0, None, {"lr": 0.1}, True),
+    ("a buffer", 0.0, 30000.0, 50000.0, {"lr": 1e-4, "momentum": 0.9}, False),
+    ("less of a buffer", 0.0, 30000.0, 50000.0, {"lr": 1e-4, "momentum": 0.1}, True),
+    ("looking ahead", 0.0, 30000.0, 10000.0, {"momentum": 0.9, "nesterov": True}, False),
+    ("not looking ahead", 0.0, 30000.0, 10000.0, {"momentum": 0.9}, True),
+    ("a rate", 0.0, 0.0, None, {"lr": 1e5}, False),
+    ("a rate of decay", 0.0, 0.0, None, {"lr": 1000.0, "weight_decay": 100.0}, False),
+    ("decay beyond zero", 30000.0, 0.0, None, {"lr": 1.0, "weight_decay": 4.0}, False),
+    ("decay to zero", 50000.0, 30000.0, None, {"lr": 1.0, "weight_decay": 1.0}, True),
+    ("not a number", 0.0, math.nan, None, {}, False),
+    ("infinity", 0.0, math.inf, None, {"lr": 1e-4}, False),
+]
+
+
+@pytest.mark.parametrize(
+    ("parameter", "direction", "buffer", "settings", "expected"),
+    [pytest.param(*case[1:], id=case[0]) for case in OVERFLOW],
+)
+@pytest.mark.parametrize("elements", [1, 1000])  # a norm of many exceeds the largest
+def test_a_step_beyond_the_range_of_its_dtype_is_seen(
+    elements: int,
+    parameter: float,
+    direction: float,
+    buffer: float | None,
+    settings: dict[str, float],
+    expected: bool,
+) -> None:
+    def tensors(value: float) -> list[torch.Tensor]:
+        return [torch.full((elements,), value, dtype=torch.float16), torch.zeros(0).half()]
+
+    buffers = None if buffer is None else tensors(buffer)
+    found = stays_finite(tensors(parameter), tensors(direction), buffers, **settings)
+    assert found.item() is expected

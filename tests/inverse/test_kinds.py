@@ -115,8 +115,14 @@ def test_the_padding_of_the_last_block_stays_zero(name: str) -> None:
             assert not tensor[:, :, -1, :, 1:].any(), key
 
 
-@pytest.mark.parametrize("name", ["cholesky", "newton-schulz"])
-@pytest.mark.parametrize("bad", [float("nan"), -100.0])
+@pytest.mark.parametrize(
+    ("name", "bad"),
+    [
+        *product(STRATEGIES, [float("nan"), float("inf")]),
+        ("cholesky", -100.0),
+        ("newton-schulz", -100.0),
+    ],
+)
 def test_one_bad_element_of_a_diagonal_fails_its_layer(name: str, bad: float) -> None:
     strategy = STRATEGIES[name]
     block, factors, _, _ = problem(("diagonal", "dense"))

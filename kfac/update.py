@@ -12,11 +12,14 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     if not filled:
         return torch.ones((), dtype=torch.bool)
     device = filled[0].device
-    if device.type == "cpu":  # where the norm of many tensors is not vectorised
-        extremes = [extreme for t in filled for extreme in torch.aminmax(t)]
-    else:
-        extremes = list(torch._foreach_norm(filled, float("inf")))
-    return torch.stack([e.to(device, torch.float32) for e in extremes]).isfinite().all()
+    return torch.stack([e.to(device, torch.float32) for e in _largest(filled)]).isfinite().all()
+
+
+def _largest(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """max|t| of each tensor, none of them empty."""
+    if tensors[0].device.type == "cpu":  # where this norm is not vectorised
+        return [torch.maximum(high, -low) for low, high in map(torch.aminmax, tensors)]
+    return list(torch._foreach_norm(tensors, float("inf")))
 
 
 def predicted_change(
@@ -87,29 +90,22 @@ def stays_finite(
         Reads every tensor once.
     """
 
-    def within_range(order: float) -> Tensor:
-        p, direction = _norms(parameters, order), _norms(directions, order)
-        move = direction
-        if buffers is not None:
-            move = direction + momentum * _norms(buffers, order)
-            if nesterov:
-                move = torch.maximum(move, direction + momentum * move)
-        rate = torch.as_tensor(lr, dtype=p.dtype, device=p.device).reshape(())
-        moved = (1 - rate * weight_decay).abs() * p + rate * move
-        limit = 0.9 * torch.finfo(parameters[0].dtype).max
-        # What is not a number is not less. The rate itself is held in that dtype, too.
-        return (torch.maximum(move, moved) < limit).all() & (rate * max(1.0, weight_decay) < limit)
-
-    if parameters[0].device.type == "cpu" and (is_sure := within_range(2.0)):
-        return is_sure  # the Euclidean norm is the larger one and takes a fraction of the time
-    return within_range(float("inf"))
+    p, move = _bounds(parameters), _bounds(directions)
+    if buffers is not None:
+        direction, move = move, move + momentum * _bounds(buffers)
+        if nesterov:
+            move = torch.maximum(move, direction + momentum * move)
+    rate = torch.as_tensor(lr, dtype=p.dtype, device=p.device).reshape(())
+    moved = (1 - rate * weight_decay).abs() * p + rate * move
+    limit = 0.9 * torch.finfo(parameters[0].dtype).max
+    # What is not a number is not less. The rate itself is held in that dtype, too.
+    return (torch.maximum(move, moved) < limit).all() & (rate * max(1.0, weight_decay) < limit)
 
 
-def _norms(tensors: Sequence[Tensor], order: float) -> Tensor:
-    """Norm of each tensor ``[tensors]`` in float32 or better, of some order."""
-    tensors = [t if t.numel() else t.new_zeros(1) for t in tensors]
-    norms = torch.stack(torch._foreach_norm(tensors, order))
-    return norms.to(torch.promote_types(norms.dtype, torch.float32))
+def _bounds(tensors: Sequence[Tensor]) -> Tensor:
+    """max|t| of each tensor ``[tensors]``, in float32 or better."""
+    largest = torch.stack(_largest([t if t.numel() else t.new_zeros(1) for t in tensors]))
+    return largest.to(torch.promote_types(largest.dtype, torch.float32))
 
 
 def descend(

@@ -151,7 +151,7 @@ def hooks_follow_copies(patch: pytest.MonkeyPatch) -> None:
         "__call__",
         lambda original, self, module, *arguments: original(self, self.module, *arguments),
     )(patch)
-    patch.setattr(kfac.capture, "receives_gradient", lambda tensor: True)
+    patch.setattr(kfac.capture, "fate_of_gradient", lambda tensor: "accumulated")
 
 
 def couple_weight_decay(

@@ -19,7 +19,7 @@ def _largest(tensors: Sequence[Tensor]) -> list[Tensor]:
     """max|t| of each tensor, none of them empty."""
     if tensors[0].device.type == "cpu":  # where this norm is not vectorised
         return [torch.maximum(high, -low) for low, high in map(torch.aminmax, tensors)]
-    return list(torch._foreach_norm(tensors, float("inf")))
+    return list(torch._foreach_norm(list(tensors), float("inf")))
 
 
 def predicted_change(

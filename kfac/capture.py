@@ -21,6 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from kfac.calls import CallReader
+from kfac.compilation import EagerForward, compiled_parts
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
 from kfac.graph import Fate, current_pass, fate_of_gradient, mark, mark_of, marks_behind
@@ -117,10 +118,14 @@ class Capture:
         self._layers = layers
         self.taps = Taps(model, layers, self._visit, self._key)
         self._handles = self._register(model, criterion)
+        self._eager = [EagerForward(part, self._takes_statistics) for part in compiled_parts(model)]
+        self._handles += [handle for eager in self._eager for handle in eager.handles]
 
     def _register(self, model: nn.Module, criterion: object) -> list[RemovableHandle]:
         before, after = ModuleHook(model, self._begin_forward), ModuleHook(model, self._end_forward)
+        given_up = ModuleHook(model, self.taps.give_up)
         handles = [
+            model.register_forward_pre_hook(given_up, prepend=True),
             model.register_forward_pre_hook(before, with_kwargs=True),
             model.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
@@ -135,6 +140,7 @@ class Capture:
             handle.remove()
         self._handles.clear()
         self.taps.remove()
+        self._give_up_calls()
 
     def schedule(self, *, active: bool) -> None:
         """Say whether the next step updates the factors; never once the hooks are removed."""
@@ -144,6 +150,9 @@ class Capture:
     def active(self) -> bool:
         """Whether layers are tapped: whether the next step updates the factors."""
         return self.taps.active
+
+    def _takes_statistics(self) -> bool:
+        return self.active
 
     @property
     def needs_pass(self) -> bool:
@@ -166,10 +175,18 @@ class Capture:
         self.missing = ""
         self.statistics.discard()
         self._check.give_up()
+        if current_pass() is None:
+            self._give_up_calls()
         if self.vectors is not None:
             self.vectors.start_step(self.vectors.step)
         if self.recorder is not None:
             self.recorder.clear()
+
+    def _give_up_calls(self) -> None:
+        """No call of the model is under way; one may have been interrupted."""
+        self.taps.give_up()
+        for eager in self._eager:
+            eager.give_up()
 
     def _start_anew(self) -> None:
         """As if there had been no backward pass since the last step."""

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac.compilation import HOOKS_BREAK_GRAPHS, not_compiled
+
 # Input of the tapped layer, gradient of its output, what this returned at the last visit.
 OnGradient = Callable[[Tensor, Tensor, object], object]
 # The model's output and the loss's target.
@@ -37,6 +39,7 @@ class Tap(torch.autograd.Function):
         ctx.mark_dirty(output)
         return output
 
+    @not_compiled(HOOKS_BREAK_GRAPHS)
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         """Show the gradient, and pass it on as it is."""
@@ -61,6 +64,7 @@ class OutputTap(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         return output.view_as(output)
 
+    @not_compiled(HOOKS_BREAK_GRAPHS)
     @staticmethod
     def backward(ctx: Any, gradient: Tensor | None) -> Any:
         """Announce the user's backward pass."""
@@ -97,7 +101,7 @@ class ModuleHook:
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), ()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @not_compiled(HOOKS_BREAK_GRAPHS)
     def __call__(self, module: nn.Module, *arguments: Any) -> Any:
         """Call back, if this hook is alive, on its own module and not in a ``torch.func`` one."""
         method = None if self.method is None else self.method()
@@ -106,6 +110,43 @@ class ModuleHook:
         if ModuleHook._silent or torch._C._are_functorch_transforms_active():
             return None
         return method(*self.arguments, *arguments)
+
+
+class Switch:
+    """Whether hooks call back in compiled code.
+
+    Attributes:
+        on: That.
+    """
+
+    def __init__(self, *, on: bool) -> None:
+        self.on = on
+
+
+class LayerHook(ModuleHook):
+    """A hook that ``torch.compile`` traces, and that leaves nothing in the graph if switched off.
+
+    Args:
+        switch: Whether it calls back in compiled code; without gradients it never does there.
+        module, method, arguments: As of :class:`ModuleHook`.
+    """
+
+    def __init__(
+        self,
+        switch: Switch | None = None,
+        module: nn.Module | None = None,
+        method: Callable[..., Any] | None = None,
+        *arguments: Any,
+    ) -> None:
+        super().__init__(module, method, *arguments)
+        self.switch = switch
+
+    def __call__(self, module: nn.Module, *arguments: Any) -> Any:
+        """Call back, unless a graph is made that has to stay whole."""
+        is_on = self.switch is not None and self.switch.on and torch.is_grad_enabled()
+        if torch.compiler.is_compiling() and not is_on:
+            return None
+        return super().__call__(module, *arguments)
 
 
 @contextmanager
@@ -118,6 +159,21 @@ def silent_hooks() -> Iterator[None]:
         ModuleHook._silent = before
 
 
+class _GradientHook:
+    """Calls a bound method back, whose object it does not keep alive."""
+
+    def __init__(self, method: MethodType, arguments: tuple[Any, ...]) -> None:
+        self.method = weakref.WeakMethod(method)
+        self.arguments = arguments
+
+    @not_compiled(HOOKS_BREAK_GRAPHS)
+    def __call__(self, gradient: Any) -> None:
+        """A gradient is known."""
+        method = self.method()
+        if method is not None:
+            method(*self.arguments)
+
+
 def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) -> None:
     """Call a bound method when the gradient of ``tensor`` is known.
 
@@ -127,12 +183,7 @@ def on_backward(tensor: Tensor, method: Callable[..., None], *arguments: Any) ->
     Only a weak reference to the method's object goes into the graph.
     """
     assert isinstance(method, MethodType)
-    reference = weakref.WeakMethod(method)
-
-    def hook(gradient: Any) -> None:
-        alive = reference()
-        if alive is not None:
-            alive(*arguments)
+    hook = _GradientHook(method, arguments)
 
     node = tensor.grad_fn
     if node is None or node.name() != _COPY:

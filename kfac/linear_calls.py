@@ -12,12 +12,17 @@ from functools import cached_property
 from types import FunctionType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import Parameter
-from torch.overrides import TorchFunctionMode
+from torch.overrides import (
+    TorchFunctionMode,
+    _get_current_function_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
 
+from kfac.compilation import HOOKS_BREAK_GRAPHS, not_compiled
 from kfac.layers import Layer
 
 
@@ -86,7 +91,19 @@ class LinearCalls(TorchFunctionMode):
         if self._depth == 0:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def give_up(self) -> None:
+        """Undo every :meth:`enter` of a forward pass that was interrupted."""
+        if self._depth == 0:
+            return
+        self._depth = 0
+        above: list[TorchFunctionMode] = []
+        if any(mode is self for mode in _get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+            while (top := _pop_mode()) is not self:  # type: ignore[no-untyped-call]
+                above.append(top)
+        for mode in reversed(above):
+            _push_mode(mode)  # type: ignore[no-untyped-call]
+
+    @not_compiled(HOOKS_BREAK_GRAPHS)
     def __torch_function__(
         self,
         func: Any,

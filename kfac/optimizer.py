@@ -18,6 +18,7 @@ from kfac.arguments import (
 )
 from kfac.automatic import Auto, AutomaticStep, ModelSettings
 from kfac.calls import OutputSelector, PositionMask
+from kfac.compilation import STEP_BREAKS_GRAPHS, not_compiled
 from kfac.directions import Directions
 from kfac.fallback import Fallback, FallbackName, OptimizerFactory
 from kfac.fisher import FisherType, Likelihood, LossReduction
@@ -293,7 +294,6 @@ class KFAC(torch.optim.Optimizer):
 
     # --- the algorithm -------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Take one step.
 
@@ -308,6 +308,11 @@ class KFAC(torch.optim.Optimizer):
                 changed then), or if a layer's factors could not be decomposed too many times in a
                 row (the factors have changed, the parameters have not).
         """
+        return self._step(closure)
+
+    @not_compiled(STEP_BREAKS_GRAPHS)
+    @torch.no_grad()
+    def _step(self, closure: Callable[[], Any] | None) -> Any:
         check("KFAC.step", "closure", closure, _CLOSURE, "Call loss.backward(), then step().")
         for group in self.param_groups:
             refuse_meta("KFAC", group["params"])
@@ -528,6 +533,7 @@ class KFAC(torch.optim.Optimizer):
         for group in self.param_groups:
             group |= {key: Auto(value) for key, value in group.items() if value == "auto"}
 
+    @not_compiled(STEP_BREAKS_GRAPHS)
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and the statistics of a batch that was given up."""
         super().zero_grad(set_to_none)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kfac.graph import current_pass, mark, mark_functions, mark_of, mark_of_running_node
-from kfac.hooks import ModuleHook, OutputTap, Tap
+from kfac.hooks import LayerHook, OutputTap, Switch, Tap
 from kfac.layers import Layer
 from kfac.linear_calls import LinearCalls, Target
 from kfac.statistics import ForwardRecord
@@ -30,13 +30,11 @@ class Taps:
         visit: A bound method, called when a gradient arrives at a tap. The object that it belongs
             to is not kept alive.
         key: Under which a tap is marked in the metadata of its node.
-
-    Attributes:
-        active: Whether statistics are due.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[Layer], visit: Visit, key: str) -> None:
-        self.active = True
+        self._switch = Switch(on=True)
+        weakref.finalize(self, setattr, self._switch, "on", False)
         self._record: ForwardRecord | None = None  # of the latest call of the model
         self._in_call = False
         # Of the call whose region is, or was last, run again by reentrant checkpointing.
@@ -57,8 +55,17 @@ class Taps:
         self._handles = [self._register(layer) for layer in layers if not layer.is_functional]
         self._handles += self._register_looks(model, layers)
 
+    @property
+    def active(self) -> bool:
+        """Whether statistics are due."""
+        return self._switch.on
+
+    @active.setter
+    def active(self, active: bool) -> None:
+        self._switch.on = active
+
     def _register(self, layer: Layer) -> RemovableHandle:
-        hook = ModuleHook(layer.module, self._tap_call, layer)
+        hook = LayerHook(self._switch, layer.module, self._tap_call, layer)
         # First in line: what other hooks make of the output is not the layer's own output.
         return layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
 
@@ -75,7 +82,8 @@ class Taps:
             ]
             if not nearby or type(module) is nn.Sequential:
                 continue
-            before, after = ModuleHook(module, self._look), ModuleHook(module, self._look_away)
+            before = LayerHook(self._switch, module, self._look)
+            after = LayerHook(self._switch, module, self._look_away)
             pair = [
                 module.register_forward_pre_hook(before),
                 module.register_forward_hook(after, always_call=True),
@@ -101,6 +109,11 @@ class Taps:
         """The model is called, with gradients enabled."""
         self._record, self._in_call, self._recomputed = record, True, None
         self._hidden = None
+
+    def give_up(self, *_: Any) -> None:
+        """No call is under way; the last one may have been interrupted, with no hook called."""
+        self._in_call = False
+        self._linear_calls.give_up()
 
     def end_call(self, outputs: Sequence[Tensor]) -> None:
         """The call is over.

@@ -14,9 +14,10 @@ SOURCES = {p.relative_to(ROOT.parent): p.read_text() for p in ROOT.rglob("*.py")
 NOTHING: set[str] = set()
 ALLOWED = {
     **dict.fromkeys(
-        ["arguments", "averaging", "covariance", "damping", "factors", "fisher"], NOTHING
+        ["arguments", "averaging", "compilation", "covariance", "damping", "factors"], NOTHING
     ),
-    **dict.fromkeys(["assignment", "graph", "group_settings", "hooks", "trainable"], NOTHING),
+    **dict.fromkeys(["assignment", "fisher", "graph", "group_settings", "trainable"], NOTHING),
+    "hooks": {"compilation"},
     **dict.fromkeys(["forward_mode", "names", "products", "schedules", "update"], NOTHING),
     "example_gradients": {"products"},
     "layers": {"covariance", "example_gradients", "factors"},
@@ -32,13 +33,14 @@ ALLOWED = {
     "jacobian_products": {"forward_mode", "hooks", "recorder"},
     "fisher_products": {"fisher", "jacobian_products", "recorder"},
     **dict.fromkeys(["quadratic_model", "levenberg_marquardt"], NOTHING),
-    "linear_calls": {"layers"},
+    "linear_calls": {"compilation", "layers"},
     "gradient_check": {"graph", "layers"},
     "uses": {"graph", "layers"},
     "taps": {"graph", "hooks", "layers", "linear_calls", "statistics", "uses"},
     "calls": {"names", "recorder", "statistics"},
     "capture": {
         "calls",
+        "compilation",
         "fisher",
         "gradient_check",
         "graph",

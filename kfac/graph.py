@@ -37,9 +37,21 @@ def mark_of_running_node(key: str) -> Any:
     return None if node is None else _metadata(node).get(key)
 
 
-def mark_of(tensor: Tensor, key: str) -> Any:
-    """The value attached to the node that made a tensor, None without one."""
-    return None if tensor.grad_fn is None else _metadata(tensor.grad_fn).get(key)
+def mark_of(tensor: Tensor, key: str, *, through: type[Function] | None = None) -> Any:
+    """The value attached to the node that made a tensor, None without one.
+
+    Args:
+        tensor: The tensor.
+        key: Key of the value.
+        through: Identities in its first argument, behind which the node may be.
+    """
+    node = tensor.grad_fn
+    while node is not None:
+        value = _metadata(node).get(key)
+        if value is not None or through is None or getattr(node, "_forward_cls", None) != through:
+            return value
+        node = node.next_functions[0][0]
+    return None
 
 
 def mark(tensor: Tensor, key: str, value: object) -> None:

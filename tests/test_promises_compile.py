@@ -513,6 +513,30 @@ class _Entered(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.promise("several K-FAC optimizers on one model")
+@pytest.mark.parametrize("kind", [Net, Stack])
+@pytest.mark.parametrize("compiled", [False, True], ids=["plain", "compiled"])
+def test_each_of_two_optimizers_measures_as_if_it_were_alone(
+    kind: type[nn.Module], compiled: bool
+) -> None:
+    criterion, model, fishers = nn.CrossEntropyLoss(), kind(), ("empirical", "type-2")
+    x, y = torch.randn(32, 4), torch.randint(3, (32,))
+
+    def factors(model: nn.Module, *fishers: Any) -> list[Tensor]:
+        called = torch.compile(model, backend="eager") if compiled else model
+        optimizers = [KFAC(called, criterion=criterion, lr=0.1, fisher=f) for f in fishers]
+        criterion(called(x), y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        layers = [o.state_dict()["kfac"]["layers"].values() for o in optimizers]
+        return [f for optimizer in layers for layer in optimizer for f in layer["factors"].values()]
+
+    alone = [f for fisher in fishers for f in factors(copy.deepcopy(model), fisher)]
+    together = factors(model, *fishers)
+    assert len(together) == len(alone) >= 8
+    assert all(map(torch.equal, together, alone))
+
+
 @takes_results
 @pytest.mark.promise("a later torch")
 def test_without_a_way_to_leave_compiled_code_graphs_have_gaps(

@@ -304,6 +304,8 @@ def check_loop(
         close(a, b)
 
 
+@pytest.mark.promise("one criterion object for several models")
+@pytest.mark.promise("a forward pass without a backward pass")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("fisher", FISHERS)

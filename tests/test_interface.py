@@ -32,6 +32,7 @@ def step(model: nn.Module, optimizer: Any, criterion: nn.Module) -> None:
     optimizer.step()
 
 
+@pytest.mark.promise("closures, gradient accumulation")
 def test_a_closure_is_evaluated_once_and_its_loss_returned() -> None:
     model, criterion, calls = net(), nn.CrossEntropyLoss(), []
     twin = copy.deepcopy(model)
@@ -248,6 +249,7 @@ def test_outputs_may_be_computed_anew_for_a_model_with_a_loss_of_its_own(fisher:
     assert torch.equal(*factors)
 
 
+@pytest.mark.promise("BatchNorm in training mode")
 @pytest.mark.parametrize("fisher", ["type-2", "mc"])
 @pytest.mark.parametrize("training", [True, False])
 def test_type_2_warns_once_of_examples_that_mix(
@@ -289,6 +291,7 @@ def test_a_model_that_computes_its_own_loss_with_the_criterion_works() -> None:
     assert torch.equal(optimizer.factor("body.0")[1], expected.factor("0")[1])
 
 
+@pytest.mark.promise("calling a part of the model only")
 def test_calling_only_a_part_of_the_model_is_an_error_with_the_remedy() -> None:
     model = net()
     optimizer = KFAC(model, lr=0.1)
@@ -330,6 +333,7 @@ def test_torch_func_transforms_pass_through_the_hooks() -> None:
         torch.testing.assert_close(gradients[name], parameter.grad)
 
 
+@pytest.mark.promise("an optimizer that is replaced")
 def test_an_optimizer_that_is_gone_leaves_dead_hooks() -> None:
     model, criterion = net(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, lr=0.1, criterion=criterion)
@@ -342,6 +346,7 @@ def test_an_optimizer_that_is_gone_leaves_dead_hooks() -> None:
     criterion(model(X), Y).backward()
 
 
+@pytest.mark.promise("an optimizer that is replaced")
 def test_removed_hooks_leave_a_plain_model() -> None:
     model, criterion = net(), nn.CrossEntropyLoss()
     optimizer = KFAC(model, lr=0.1, criterion=criterion)
@@ -377,6 +382,7 @@ def test_a_hooked_model_can_be_pickled_saved_and_copied() -> None:
     assert all(map(torch.equal, factors, optimizer.factor("0")))
 
 
+@pytest.mark.promise("a forward pass without a backward pass")
 @pytest.mark.parametrize("fisher", ["empirical", "mc"])
 @pytest.mark.parametrize("by_function", [False, True])
 def test_evaluation_with_gradients_keeps_no_graph_alive(fisher: Any, by_function: bool) -> None:
@@ -486,6 +492,7 @@ class Heads(nn.Module):
         return self.one(features), self.two(features)
 
 
+@pytest.mark.promise("several losses on one forward pass (heads, auxiliary losses)")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_the_curvatures_of_several_heads_add_up(reduction: Any) -> None:
     def body_factor(*heads: int) -> Tensor:
@@ -517,6 +524,7 @@ def test_heads_with_different_numbers_of_terms_are_each_a_mean() -> None:
     torch.testing.assert_close(body_factor(0, 6), body_factor(0, 8) + body_factor(8, 6))
 
 
+@pytest.mark.promise("several calls of the criterion on one output (mixed targets)")
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_mixed_targets_on_one_output_count_once(reduction: Any) -> None:
     def moved(mix: bool) -> list[Tensor]:
@@ -596,6 +604,7 @@ def test_a_pass_that_fails_half_way_leaves_nothing_pending(
     assert all(map(torch.equal, optimizer.factor("0"), expected.factor("0")))
 
 
+@pytest.mark.promise("a forward pass without a backward pass")
 def test_several_unclaimed_evaluation_forwards_are_refused() -> None:
     model = net().eval()
     optimizer = KFAC(model, lr=0.1, criterion=nn.CrossEntropyLoss())
@@ -657,6 +666,7 @@ def test_linear_layers_take_any_leading_dimensions(shape: tuple[int, ...]) -> No
     torch.testing.assert_close(optimizer.factor("0")[0], expected)
 
 
+@pytest.mark.promise("inputs without a batch axis")
 def test_an_unbatched_image_is_a_batch_of_one() -> None:
     model = nn.Sequential(nn.Conv2d(2, 3, 2))
     optimizer = KFAC(model, lr=0.1, loss_terms=1)

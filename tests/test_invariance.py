@@ -110,6 +110,7 @@ def check_micro_batches(name: str, fisher: str, count: int, sharing: str = "expa
     close(trained(model, criterion, batches, fisher, count, weight_sharing=sharing), expected)
 
 
+@pytest.mark.promise("closures, gradient accumulation")
 @pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("sharing", ["expand", "reduce"])
 @pytest.mark.parametrize("fisher", FISHERS)
@@ -171,6 +172,7 @@ def by_function(model: nn.Module, criterion: nn.Module, batches: list[Batch]):
     ]
 
 
+@pytest.mark.promise("several forward passes before one `backward`")
 @pytest.mark.parametrize("sizes", [[4, 4], [2, 6], [6, 2]], ids=str)
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("losses", [forward_by_forward, all_forwards_first, by_function])

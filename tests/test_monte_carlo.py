@@ -183,6 +183,7 @@ def check_bias_where_examples_mix() -> None:
     assert_unbiased(sampled(problem), [exact])
 
 
+@pytest.mark.promise("BatchNorm in training mode")
 def test_it_is_unbiased_where_examples_mix() -> None:
     check_bias_where_examples_mix()
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+TESTS = sorted((ROOT / "tests").rglob("test_*.py"))
 PAGE = (ROOT / "docs/compatibility.md").read_text()
 TABLE = re.compile(r"^\|[^\n]*\|\n\|[-|]+\|\n((?:\|[^\n]*\|\n)+)", re.MULTILINE)
 
@@ -17,21 +18,26 @@ def promised(page: str) -> list[str]:
 
 
 def kept(source: str) -> list[str]:
-    """What the markers of a file name."""
-    return [
-        call.args[0].value
-        for call in ast.walk(ast.parse(source))
+    """What the markers of a file name, by a text or by a constant of the file."""
+    tree = ast.parse(source)
+    constants = {
+        node.targets[0].id: node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+    }
+    named = [
+        constants.get(call.args[0].id) if isinstance(call.args[0], ast.Name) else call.args[0]
+        for call in ast.walk(tree)
         if isinstance(call, ast.Call)
         and isinstance(call.func, ast.Attribute)
         and call.func.attr == "promise"
-        and isinstance(call.args[0], ast.Constant)
-        and isinstance(call.args[0].value, str)
     ]
+    return [row.value for row in named if isinstance(row, ast.Constant)]
 
 
 def test_rows_and_markers_are_found() -> None:
     page = "| use | treatment |\n|---|---|\n| hooks | run |\n| `copy` | works |\n\nNot | a row |\n"
-    source = "@pytest.mark.promise('hooks')\n@pytest.mark.promise('`copy`')\ndef test(): ...\n"
+    source = "COPY = '`copy`'\n@mark.promise('hooks')\n@mark.promise(COPY)\ndef test(): ...\n"
     assert promised(page) == kept(source) == ["hooks", "`copy`"]
 
 
@@ -40,6 +46,11 @@ def test_no_row_stands_twice() -> None:
     assert sorted(rows) == sorted(set(rows))
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.stem)
 def test_markers_name_rows(path: Path) -> None:
     assert set(kept(path.read_text())) <= set(promised(PAGE))
+
+
+def test_every_row_has_a_marker() -> None:
+    found = {row for path in TESTS for row in kept(path.read_text())}
+    assert [row for row in promised(PAGE) if row not in found] == []

@@ -84,6 +84,7 @@ def test_layers_that_stay_keep_factors_and_inverses() -> None:
     assert optimizer.diagnostics()["steps"] == 4
 
 
+@pytest.mark.promise("`add_param_group` after construction")
 def test_a_new_layer_steps_as_if_it_had_been_there_from_the_start() -> None:
     """With fresh factors of all layers both optimizers know the same."""
     settings = SETTINGS | {"momentum": 0.0, "factor_decay": 0.0, "inverse_update_period": 1}
@@ -173,6 +174,7 @@ def test_a_group_that_cannot_be_added_changes_nothing() -> None:
     run(model, optimizer, criterion)
 
 
+@pytest.mark.promise("`add_param_group` after construction")
 def test_groups_added_later_may_have_schedules_of_their_own() -> None:
     model, optimizer, criterion = start()
     model.middle = layer()

@@ -889,7 +889,9 @@ MISTAKES = [
 @pytest.mark.parametrize(
     ("owner", "argument", "value"),
     MISTAKES,
-    ids=[f"{owner.__name__}-{argument}-{value!r}"[:50] for owner, argument, value in MISTAKES],
+    ids=[
+        f"{owner.__name__}-{argument}-{type(value).__name__}" for owner, argument, value in MISTAKES
+    ],
 )
 def test_an_argument_of_the_wrong_type_is_refused(owner: type, argument: str, value: Any) -> None:
     arguments: dict[str, Any] = {"model": net()} | {argument: value}

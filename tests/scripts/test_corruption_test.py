@@ -63,7 +63,7 @@ def always(*_: Any, **__: Any) -> Tensor:
             "plain",
         ),
     ],
-    ids=lambda value: str(value),
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_is_lost_is_found(
     monkeypatch: pytest.MonkeyPatch,

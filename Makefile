@@ -12,7 +12,7 @@ demo: $(INSTALLED)
 	OMP_WAIT_POLICY=passive $(BIN)/python scripts/demo.py
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 coverage: $(INSTALLED)
 	$(BIN)/python -m coverage run -m pytest

@@ -24,7 +24,7 @@ from torch.autograd import forward_ad
 
 from kfac.forward_mode import SharedPrimals, dual, load_forward_mode, parts
 from kfac.hooks import silent_hooks
-from kfac.recorder import RecordedCall
+from kfac.recorder import RecordedCall, with_state
 
 Mode = Literal["forward", "double-backward"]
 # A value for some or all parameters.
@@ -71,12 +71,14 @@ class JacobianProducts:
         """
         names = {parameter: name for name, parameter in self._model.named_parameters()}
         named = [{names[p]: d.detach().to(p) for p, d in each.items()} for each in directions]
-        tangents = self._by_forward_mode(call, named) if self.mode == "forward" else None
-        if tangents is None:
-            tangents = self._by_double_backward(call, named)
-            # A function that is differentiable once need not raise: its derivative may be lost.
-            if not (self.is_checked or self._fit_backward(call, named, tangents)):
-                raise self._refusal()
+        # Checkpointed regions run again in backward passes, too, and may change buffers then.
+        with with_state(self._model, call.buffers, call.attributes):
+            tangents = self._by_forward_mode(call, named) if self.mode == "forward" else None
+            if tangents is None:
+                tangents = self._by_double_backward(call, named)
+                # A function that is differentiable once need not raise: its derivative may be lost.
+                if not (self.is_checked or self._fit_backward(call, named, tangents)):
+                    raise self._refusal()
         self.is_checked = True
         return tangents
 

@@ -186,7 +186,7 @@ class RecordedCall:
             The input of every loss.
         """
         args, kwargs = tree_map_only(Kept, Kept.get, (self.args, self.kwargs), is_leaf=_is_kept)
-        with self._surroundings(), _with_state(model, self.buffers, self.attributes):
+        with self._surroundings(), with_state(model, self.buffers, self.attributes):
             output = functional_call(model, dict(parameters), args, kwargs)
             tensors = list(tensors_in(output))
             if self.select is not None and any(loss.view.source < 0 for loss in self.losses):
@@ -317,7 +317,7 @@ def _copied(buffers: Buffers) -> Buffers:
 
 
 @contextmanager
-def _with_state(model: nn.Module, buffers: Buffers, attributes: PlainAttributes) -> Iterator[None]:
+def with_state(model: nn.Module, buffers: Buffers, attributes: PlainAttributes) -> Iterator[None]:
     """Within it, the modules have copies of these buffers, these plain attributes, and no others.
 
     A call may replace, reshape, register and delete buffers, which no list of names can undo, and

@@ -845,7 +845,7 @@ MUTANTS: dict[str, tuple[object, str, Callable, Callable[[], Any]]] = {
     ),
     "running statistics updated again": (
         kfac.recorder,
-        "_with_state",
+        "with_state",
         lambda original, *_: nullcontext(),
         check_untouched,
     ),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kfac import KFAC
 
@@ -111,3 +112,40 @@ def test_sampled_labels_are_unbiased_whichever_axis_is_first() -> None:
 def test_the_optimizer_cannot_be_copied_or_pickled(duplicate: Callable[[object], object]) -> None:
     with pytest.raises(TypeError, match=r"Construct one for the copy.*load_state_dict"):
         duplicate(KFAC(net()))
+
+
+class Checkpointed(nn.Module):
+    """A region with a buffer runs again in every backward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh())
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(checkpoint(self.body, x, use_reentrant=False))
+
+
+@pytest.mark.promise("`use_reentrant=False`")
+@pytest.mark.parametrize("mode", ["forward", "double-backward"])
+def test_automatic_steps_leave_buffers_of_checkpointed_regions_alone(mode: str) -> None:
+    x, labels = torch.randn(16, 4), torch.arange(16) % 3
+    counts = []
+    for automatic in (False, True):
+        model, criterion = Checkpointed(), nn.CrossEntropyLoss()
+        settings = {"lr": "auto", "momentum": "auto"} if automatic else {"lr": 0.1}
+        optimizer = KFAC(model, criterion=criterion, factor_update_period=1, **settings)
+        if automatic:
+            optimizer._automatic._products.jacobian.mode = mode
+
+        def closure(model=model, criterion=criterion, optimizer=optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss: Tensor = criterion(model(x), labels)
+            loss.backward()
+            return loss
+
+        for _ in range(2):
+            optimizer.step(closure)
+        counts.append(int(model.body[1].num_batches_tracked))
+    assert counts[0] == counts[1]

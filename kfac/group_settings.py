@@ -20,14 +20,22 @@ from kfac.arguments import (
     nearest,
 )
 
+# Schedules that end at zero may miss it by rounding.
+_ROUNDING = 1e-12
+
+
+def _is_rate(value: object) -> bool:
+    is_rounded_zero = isinstance(value, float) and -_ROUNDING < value < 0
+    return is_rounded_zero or NON_NEGATIVE.accepts(value)
+
 
 def _is_lr(value: object, *, waits: bool) -> bool:
     """Whether a value is a learning rate; one on an accelerator is only read if that may wait."""
     if not isinstance(value, Tensor):
-        return NON_NEGATIVE.accepts(value)
+        return _is_rate(value)
     is_number = value.is_floating_point() and value.numel() == 1 and not value.is_meta
     is_read = is_number and (waits or value.device.type == "cpu")
-    return NON_NEGATIVE.accepts(value.item()) if is_read else is_number
+    return _is_rate(value.item()) if is_read else is_number
 
 
 def _or_auto(constraint: Constraint) -> Constraint:
@@ -126,9 +134,9 @@ def with_usable_rates(accept: Tensor, groups: Sequence[Mapping[str, Any]]) -> Te
     Those on an accelerator are not read by :func:`check_in_use`, which would wait for it.
     """
     for group in groups:
-        if isinstance(group["lr"], Tensor):
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
             rate = group["lr"].to(accept.device).reshape(())
-            accept = accept & rate.isfinite() & (rate >= 0)
+            accept = accept & rate.isfinite() & (rate > -_ROUNDING)
     return accept
 
 
@@ -145,10 +153,3 @@ def check_same(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> None
                 "A step that a quadratic model chooses is the same for all groups; they may "
                 "differ in weight_decay.",
             )  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """A number as Python's own type, which checkpoints hold; tensors and schedules as they are."""
-    if isinstance(value, bool | str | Tensor) or callable(value):
-        return value
-    return float(value)

@@ -347,3 +347,20 @@ def test_every_diagnostic_can_be_logged(settings: dict[str, Any], tmp_path: Any)
         if key in row:
             events = {event.step: event.value for event in found.Scalars(f"kfac/{key}")}
             assert events[step] == pytest.approx(row[key], nan_ok=True)
+
+
+@pytest.mark.promise("`torch.optim.lr_scheduler`")
+@pytest.mark.parametrize("start", [0.1, 1 / 3, 0.9])
+def test_a_ramp_down_may_miss_zero_by_rounding(start: float) -> None:
+    lowest = []
+    for length in range(1, 25):
+        layer = nn.Linear(2, 2)
+        optimizer = KFAC(layer, lr=0.3, factor_update_period=100)
+        scheduler = lr_scheduler.LinearLR(optimizer, start, end_factor=0.0, total_iters=length)
+        for _ in range(length + 1):
+            optimizer.zero_grad()
+            layer(torch.ones(3, 2)).sum().backward()
+            optimizer.step()
+            scheduler.step()
+        lowest.append(optimizer.param_groups[0]["lr"])
+    assert min(lowest) < 0  # else this tests nothing

@@ -192,8 +192,6 @@ class Capture:
         """As if there had been no backward pass since the last step."""
         self._forget()
         self.discard()
-        if self.vectors is not None:
-            self.vectors.start_step(self.vectors.step)
 
     # --- forward -------------------------------------------------------------------------------
 
@@ -555,7 +553,12 @@ class Capture:
 
 def _fates(layers: Iterable[Layer]) -> set[Fate]:
     """What the backward pass that is under way does with the gradients of layers' weights."""
-    return {fate_of_gradient(layer.weight.parameter) for layer in layers}
+    fates: set[Fate] = set()
+    for layer in layers:
+        fates.add(fate_of_gradient(layer.weight.parameter))
+        if "accumulated" in fates:
+            break  # that settles it, and there may be many layers
+    return fates
 
 
 def _scalar(likelihood: Likelihood, output: Tensor, target: Tensor | None) -> Tensor:

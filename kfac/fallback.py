@@ -98,12 +98,12 @@ class Fallback:
                     used[parameter] = -gradient if group["maximize"] else gradient
         members = [p for group in self.optimizer.param_groups for p in group["params"]]
         values = [p.detach().clone() for p in members]
-        states = {p: copy.deepcopy(state) for p, state in self.optimizer.state.items()}
+        states = {p: _copied(state) for p, state in self.optimizer.state.items()}
         if not all_finite(list(used.values())):
             return False
         with _gradients_replaced(members, used):
             self.optimizer.step()
-        if all_finite([*members, *self._state_tensors()]):
+        if all_finite([*members, *self._state_tensors()]) or not self._has_lost(values):
             return True
         for parameter, value in zip(members, values, strict=True):
             parameter.copy_(value)
@@ -111,11 +111,20 @@ class Fallback:
         self.optimizer.state.update(states)
         return False
 
+    def _has_lost(self, values: Sequence[Tensor]) -> bool:
+        """Whether something is not finite, other than parameters that were not before."""
+        members = [p for group in self.optimizer.param_groups for p in group["params"]]
+        pairs = zip(members, values, strict=True)
+        lost = [(value.isfinite() & ~p.isfinite()).any() for p, value in pairs]
+        return not all_finite(list(self._state_tensors())) or bool(torch.stack(lost).any())
+
     def _state_tensors(self) -> Iterator[Tensor]:
-        for state in self.optimizer.state.values():
-            yield from (
-                v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()
-            )
+        """What the optimizer keeps of parameters, where they are; its counts may be elsewhere."""
+        for parameter, state in self.optimizer.state.items():
+            for value in state.values():
+                is_number = isinstance(value, Tensor) and value.is_floating_point()
+                if is_number and value.dim() and value.device == parameter.device:
+                    yield value
 
     def _where_parameters_are(self) -> list[tuple[torch.device, torch.dtype]]:
         groups = self.optimizer.param_groups
@@ -328,6 +337,13 @@ def _base_of(groups: int) -> Constraint:
             )
         ),
     )
+
+
+def _copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+        for key, value in state.items()
+    }
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,15 @@ _CLOSURE = Constraint(
     "a function that returns the loss or None", lambda v: v is None or callable(v)
 )
 _KL_CLIP = Constraint("a finite number > 0 or None", lambda v: v is None or POSITIVE.accepts(v))
+
+
+class _Move(NamedTuple):
+    """Parameters that move together."""
+
+    members: list[nn.Parameter]
+    directions: list[Tensor]
+    momentum: list[Tensor] | None
+    group: dict[str, Any]
 
 
 class KFAC(torch.optim.Optimizer):
@@ -304,9 +313,10 @@ class KFAC(torch.optim.Optimizer):
             What the closure returned, None without one.
 
         Raises:
-            RuntimeError: If statistics are due and there are none, or cannot be scaled (nothing has
-                changed then), or if a layer's factors could not be decomposed too many times in a
-                row (the factors have changed, the parameters have not).
+            ValueError: If a setting of a parameter group is not usable any more; nothing changes.
+            RuntimeError: If statistics are due and there are none, or cannot be scaled (only the
+                batch is given up then), or if a layer's factors could not be decomposed too many
+                times in a row (the factors have changed, the parameters have not).
         """
         return self._step(closure)
 
@@ -314,26 +324,31 @@ class KFAC(torch.optim.Optimizer):
     @torch.no_grad()
     def _step(self, closure: Callable[[], Any] | None) -> Any:
         check("KFAC.step", "closure", closure, _CLOSURE, "Call loss.backward(), then step().")
-        for group in self.param_groups:
-            refuse_meta("KFAC", group["params"])
-        check_in_use(self.param_groups, is_automatic=self._is_automatic)
-        if self._automatic is not None and (closure is None or not self._is_burning_in):
-            return self._take_automatic_step(self._automatic, closure)
+        try:
+            for group in self.param_groups:
+                refuse_meta("KFAC", group["params"])
+            check_in_use(self.param_groups, is_automatic=self._is_automatic)
+            return self._take_step(closure)
+        except BaseException:
+            for note in ("grad_scale", "found_inf"):  # a scaler takes them back only after a step
+                self.__dict__.pop(note, None)
+            raise
+
+    def _take_step(self, closure: Callable[[], Any] | None) -> Any:
         engine = self._engine
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        with torch.autocast(engine.params[0].device.type, enabled=False):
-            try:
+        try:
+            if self._automatic is not None and (closure is None or not self._is_burning_in):
+                return self._take_automatic_step(self._automatic, closure)
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            with torch.autocast(engine.params[0].device.type, enabled=False):
                 self._update()
-            except BaseException:
-                # The batch is given up, and a scaler takes back its scale only after a step.
-                engine.discard()
-                for note in ("grad_scale", "found_inf"):
-                    self.__dict__.pop(note, None)
-                raise
-        return loss
+            return loss
+        except BaseException:
+            engine.discard()  # the batch is given up
+            raise
 
     @property
     def _is_burning_in(self) -> bool:
@@ -380,7 +395,8 @@ class KFAC(torch.optim.Optimizer):
             p: by_parameter[p].to(p.dtype) if p in by_parameter else g.clone()
             for p, g in gradients.items()
         }
-        accept = self._step_fallback(gradients, accept & self._stays_finite(steps).to(accept))
+        moves = list(self._moves(steps))
+        accept = self._step_fallback(gradients, accept & self._stays_finite(moves).to(accept))
         copies = [
             step
             for p, step in steps.items()
@@ -388,7 +404,7 @@ class KFAC(torch.optim.Optimizer):
         ]
         for tensor in [stack.direction for stack in directions.stacks] + copies:
             tensor.masked_fill_(~accept.to(tensor.device), 0.0)
-        self._descend(steps, accept)
+        self._descend(moves, accept)
         if self._graft is not None:
             self._graft.commit(self.state, accept)
         engine.advance(plan, accept)
@@ -458,10 +474,7 @@ class KFAC(torch.optim.Optimizer):
             stack.direction.mul_(self._kl_clip_scale.to(stack.direction))
         return change.isfinite()
 
-    def _moves(
-        self, directions: Mapping[nn.Parameter, Tensor]
-    ) -> Iterator[tuple[list[nn.Parameter], list[Tensor], list[Tensor] | None, dict[str, Any]]]:
-        """Parameters that move together, their directions, momentum and group."""
+    def _moves(self, directions: Mapping[nn.Parameter, Tensor]) -> Iterator[_Move]:
         elsewhere = self._fallback_ids if self._fallback is not None else set()
         for group in self.param_groups:
             batches: dict[tuple[torch.dtype, torch.device], list[nn.Parameter]] = defaultdict(list)
@@ -470,9 +483,9 @@ class KFAC(torch.optim.Optimizer):
                     batches[parameter.dtype, parameter.device].append(parameter)
             for members in batches.values():
                 buffers = self._momentum_buffers(members) if group["momentum"] else None
-                yield members, [directions[p] for p in members], buffers, group
+                yield _Move(members, [directions[p] for p in members], buffers, group)
 
-    def _stays_finite(self, directions: Mapping[nn.Parameter, Tensor]) -> Tensor:
+    def _stays_finite(self, moves: Iterable[_Move]) -> Tensor:
         """Whether parameters and momentum will be finite after :meth:`_descend`."""
         device = self._engine.params[0].device
         answers = [
@@ -485,12 +498,12 @@ class KFAC(torch.optim.Optimizer):
                 nesterov=group["nesterov"],
                 weight_decay=group["weight_decay"],
             ).to(device)
-            for members, steps, buffers, group in self._moves(directions)
+            for members, steps, buffers, group in moves
         ]
         return torch.stack(answers).all() if answers else torch.ones((), dtype=torch.bool)
 
-    def _descend(self, directions: Mapping[nn.Parameter, Tensor], accept: Tensor) -> None:
-        for members, steps, buffers, group in self._moves(directions):
+    def _descend(self, moves: Iterable[_Move], accept: Tensor) -> None:
+        for members, steps, buffers, group in moves:
             descend(
                 members,
                 steps,

@@ -337,7 +337,11 @@ class Preconditioner:
         """
         refuse_meta(self._finding["owner"], self.params)
         with torch.autocast(self.params[0].device.type, enabled=False):
-            self._precondition()
+            try:
+                self._precondition()
+            except BaseException:
+                self.discard()  # the batch is given up
+                raise
 
     def _precondition(self) -> None:
         scale = float(self.grad_scaler.get_scale()) if self.scaler_is_enabled else 1.0

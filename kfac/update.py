@@ -73,6 +73,7 @@ def stays_finite(
 ) -> Tensor:
     """Whether :func:`descend` leaves only finite numbers: a boolean scalar, left on the device.
 
+    Of a parameter that holds an infinity already, only Δ and m are asked.
     From bounds by the largest elements of each tensor, max|m| ← momentum·max|m| + max|Δ| and
     max|p| ← |1 − lr·weight_decay|·max|p| + lr·max|m|, of which 0.9 of the dtype's range is allowed,
     for rounding. Changes nothing.
@@ -99,7 +100,8 @@ def stays_finite(
     moved = (1 - rate * weight_decay).abs() * p + rate * move
     limit = 0.9 * torch.finfo(parameters[0].dtype).max
     # What is not a number is not less. The rate itself is held in that dtype, too.
-    return (torch.maximum(move, moved) < limit).all() & (rate * max(1.0, weight_decay) < limit)
+    stays = (moved < limit) | p.isinf()  # a mask of -inf, say, which stays what it is
+    return ((move < limit) & stays).all() & (rate * max(1.0, weight_decay) < limit)
 
 
 def _bounds(tensors: Sequence[Tensor]) -> Tensor:

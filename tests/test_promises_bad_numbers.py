@@ -10,7 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfac import KFAC, Cholesky, Eigen, Ekfac, InverseFree, LevenbergMarquardt, NewtonSchulz
+from kfac import (
+    KFAC,
+    Cholesky,
+    Eigen,
+    Ekfac,
+    InverseFree,
+    LevenbergMarquardt,
+    NewtonSchulz,
+    Preconditioner,
+)
 from kfac.factors import Bucket
 from kfac.inverse import Inverse, cholesky, eigen, inverse_free, newton_schulz
 from kfac.inverse.decompose import Routine
@@ -802,3 +811,102 @@ def test_caches_that_a_forward_pass_makes_or_resizes_are_kept(lengths: tuple[int
     assert not any(map(torch.equal, run.parameters(), before))
     run.optimizer.step(run.closure(torch.full((32, 4), math.nan), torch.arange(32) % 3))
     assert len(run.model.positions) == 32
+
+
+@pytest.mark.promise("an error in `step()`, the closure or the backward pass")
+def test_a_closure_of_an_automatic_step_may_fail_after_its_backward_pass() -> None:
+    run = Run(lr="auto", damping=LevenbergMarquardt())
+    before = run.parameters()
+
+    def closure() -> Tensor:
+        run.model.zero_grad()  # not the optimizer's, which would tell it to forget the batch
+        x, y = run.batch(0)
+        loss: Tensor = run.criterion(run.model(x), y)
+        loss.backward()
+        if closures.pop():
+            raise KeyError("once")
+        return loss
+
+    closures = [False] * 20 + [True]
+    with pytest.raises(KeyError):
+        run.optimizer.step(closure)
+    run.optimizer.step(closure)
+    assert not any(map(torch.equal, run.parameters(), before))
+
+
+@pytest.mark.promise("an error in `step()`, the closure or the backward pass")
+def test_a_closure_that_fails_leaves_no_statistics() -> None:
+    run, clean = (Run(fisher="empirical") for _ in range(2))
+    x, y = run.batch(0)
+
+    def failing() -> Tensor:
+        run.criterion(run.model(100 * x), y).backward()
+        raise KeyError("after the backward pass")
+
+    with pytest.raises(KeyError):
+        run.optimizer.step(failing)
+    run.model.zero_grad()
+    for each in (run, clean):
+        each.criterion(each.model(x), y).backward()
+        each.optimizer.step()
+    for mine, theirs in zip(run.optimizer.factor("4"), clean.optimizer.factor("4"), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.promise("an error in `step()`, the closure or the backward pass")
+def test_an_error_in_the_step_of_a_preconditioner_leaves_no_statistics() -> None:
+    factors = []
+    for fails in (False, True):
+        torch.manual_seed(0)
+        model, criterion, dampings = net(), nn.CrossEntropyLoss(), [0.1]
+        preconditioner = Preconditioner(
+            model, criterion=criterion, fisher="empirical", damping=lambda _, d=dampings: d[-1]
+        )
+        x, y = torch.randn(6, 2, 4, 4), torch.arange(6) % 3
+        if fails:
+            dampings.append(-1.0)
+            criterion(model(100 * x), y).backward()
+            with pytest.raises(ValueError, match="damping"):
+                preconditioner.step()
+            dampings.pop()
+            model.zero_grad()
+        criterion(model(x), y).backward()
+        preconditioner.step()
+        factors.append(preconditioner.factor("4")[0])
+    assert torch.equal(*factors)
+
+
+@pytest.mark.promise("an error in `step()`, the closure or the backward pass")
+def test_a_setting_that_is_refused_leaves_no_note_of_a_scaler() -> None:
+    run, scaler = Run(), torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    x, y = run.batch(0)
+    scaler.scale(run.criterion(run.model(x), y)).backward()
+    run.optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        scaler.step(run.optimizer)
+    assert not {"grad_scale", "found_inf"} & vars(run.optimizer).keys()
+
+
+class Masked(nn.Module):
+    """One class is masked out by a bias of -inf, which is a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 3)
+        self.bias = nn.Parameter(torch.tensor([0.0, 0.0, 0.0, -math.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.inner(x), x.new_zeros(len(x), 1)], 1) + self.bias
+
+
+@pytest.mark.promise("a step that would leave the range of the parameters' dtype")
+@pytest.mark.parametrize("fallback", ["sgd", "adamw"])
+def test_an_infinity_that_is_meant_keeps_nothing_from_training(fallback: Any) -> None:
+    run = Run(Masked(), fallback=fallback)
+    before = run.parameters()
+    for _ in range(3):
+        run.closure(torch.randn(6, 4), torch.arange(6) % 3)()
+        run.optimizer.step()
+    assert run.optimizer.diagnostics()["nonfinite_batches"] == 0
+    assert not any(map(torch.equal, run.parameters(), before))
+    assert run.model.bias.isinf().tolist() == [False, False, False, True]

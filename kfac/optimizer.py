@@ -33,6 +33,7 @@ from kfac.group_settings import (
 )
 from kfac.inverse import Inverse, InverseName
 from kfac.kronecker import CurvatureBlocks
+from kfac.layers import Layer
 from kfac.levenberg_marquardt import LevenbergMarquardt
 from kfac.param_groups import SharingRule, Skip
 from kfac.preconditioner import Damping, Period, Preconditioner
@@ -225,10 +226,11 @@ class KFAC(torch.optim.Optimizer):
             given = [None if isinstance(v, str) else float(v) for v in (lr, momentum)]
             settings = ModelSettings(given[0], given[1], rule, kl_clip, model_fraction)
             self._automatic = AutomaticStep(self._engine, settings)
-        self._fallback_ids: set[int] = set()
+        rest = self._left_by(self._engine.layers)
+        self._fallback_ids = _ids(rest)
         self._fallback_choice = fallback
         try:
-            self._fallback = self._make_fallback(fallback)
+            self._fallback = self._make_fallback(fallback, rest)
         except BaseException:
             self.remove_hooks()
             raise
@@ -250,7 +252,8 @@ class KFAC(torch.optim.Optimizer):
 
         Raises:
             ValueError: If a setting of the group violates its constraint or cannot be set per
-                group; nothing has changed then.
+                group. After this and any other exception, as of a function that makes the fallback,
+                the optimizer is as it was.
         """
         found = members_of("KFAC", param_group)
         refuse_unknown(param_group)
@@ -270,7 +273,7 @@ class KFAC(torch.optim.Optimizer):
         if self._constructed:
             try:
                 self.update_layers()
-            except ValueError:
+            except BaseException:
                 self.param_groups.pop()
                 self._damping_schedules.pop()
                 raise
@@ -280,15 +283,26 @@ class KFAC(torch.optim.Optimizer):
 
         As :meth:`kfac.Preconditioner.update_layers`, with the parameters of all groups. Parameters
         that are new to the model have to be in a group: pass them to :meth:`add_param_group`, which
-        calls this.
+        calls this. A function that makes the fallback is called anew; whatever it raises, nothing
+        has changed.
         """
-        self._engine.update_layers([p for group in self.param_groups for p in group["params"]])
-        old = self._fallback
-        self._fallback = self._make_fallback(self._fallback_choice)
-        if old is not None and self._fallback is not None:
-            self._fallback.adopt(old)
+        params = [p for group in self.param_groups for p in group["params"]]
+        # All that may fail comes before the first change.
+        rest = self._left_by(self._engine.layers_among(params))
+        fallback = self._make_fallback(self._fallback_choice, rest)
+        if self._fallback is not None and fallback is not None:
+            fallback.adopt(self._fallback)
+        self._engine.update_layers(params)
+        self._fallback, self._fallback_ids = fallback, _ids(rest)
 
-    def _make_fallback(self, fallback: FallbackName | OptimizerFactory) -> Fallback | None:
+    def _left_by(self, layers: Iterable[Layer]) -> list[list[nn.Parameter]]:
+        """The parameters of every group that are in none of some layers."""
+        taken = {id(p) for layer in layers for p in layer.parameters}
+        return [[p for p in g["params"] if id(p) not in taken] for g in self.param_groups]
+
+    def _make_fallback(
+        self, fallback: FallbackName | OptimizerFactory, rest: Sequence[Sequence[nn.Parameter]]
+    ) -> Fallback | None:
         if fallback == "sgd":
             return None
         if fallback != "adamw" and not callable(fallback):
@@ -296,10 +310,7 @@ class KFAC(torch.optim.Optimizer):
                 "KFAC", "fallback", "'sgd', 'adamw' or a function that makes one", fallback,
                 "Others are made by a function: lambda groups: torch.optim.Adam(groups).",
             )  # fmt: skip
-        taken = {id(p) for layer in self._engine.layers for p in layer.parameters}
-        rest = [[p for p in g["params"] if id(p) not in taken] for g in self.param_groups]
-        self._fallback_ids = {id(p) for members in rest for p in members}
-        return Fallback(fallback, self.param_groups, rest) if self._fallback_ids else None
+        return Fallback(fallback, self.param_groups, rest) if any(rest) else None
 
     # --- the algorithm -------------------------------------------------------------------------
 
@@ -690,6 +701,10 @@ def _check_automatic(
     for argument, value in (("nesterov", nesterov), ("maximize", maximize)):
         if value:
             raise argument_error("KFAC", argument, f"False {means}", value, "Leave it out.")
+
+
+def _ids(parameters: Iterable[Iterable[nn.Parameter]]) -> set[int]:
+    return {id(p) for members in parameters for p in members}
 
 
 def _plain(value: Any) -> Any:

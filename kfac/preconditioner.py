@@ -42,6 +42,7 @@ from kfac.fisher import (
 from kfac.hooks import ModuleHook
 from kfac.inverse import STRATEGIES, Inverse, InverseName, resolve
 from kfac.kronecker import CurvatureBlocks, KroneckerBlock
+from kfac.layers import Layer
 from kfac.param_groups import SKIP, SharingRule, Skip, find_layers
 from kfac.schedules import Scheduled
 from kfac.summary import Summary, summarize
@@ -298,6 +299,10 @@ class Preconditioner:
             self.model, self.layers, self.blocks.accumulate,
             forget=self.blocks.discard, bases=bases, **self._watching,
         )  # fmt: skip
+
+    def layers_among(self, params: Sequence[nn.Parameter] | None) -> list[Layer]:
+        """The layers that :meth:`update_layers` would find; changes nothing."""
+        return find_layers(self.model, self._checked_params(params), **self._finding)[0]
 
     def update_layers(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """Follow a model whose modules were added, removed, replaced, frozen or unfrozen.

@@ -1055,3 +1055,68 @@ def test_layers_may_be_updated_after_the_model_was_converted(settings: dict[str,
         run(model, optimizer, 3)
     for mine, theirs in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-11, atol=1e-13)
+
+
+class Grown(nn.Module):
+    """A model to which a layer and a slope are added, in use at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.slope, self.added = nn.Linear(4, 3), nn.PReLU(), nn.Sequential()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.added(self.slope(self.body(x)))
+
+
+@pytest.mark.promise("`add_param_group` after construction")
+@pytest.mark.parametrize("kind", [ValueError, TypeError, KeyError, KeyboardInterrupt])
+def test_a_group_whose_fallback_fails_leaves_everything_as_it_was(kind: type) -> None:
+    faults = []
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        if faults:
+            raise faults[0]
+        return torch.optim.Adam(groups, lr=0.01)
+
+    models, optimizers = [Grown(), Grown()], []
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        optimizer = KFAC(model, damping=lambda step: 0.1 + step, fallback=make, fisher="empirical")
+        train(model, optimizer, 2)
+        if model is models[1]:
+            model.added.append(nn.Linear(3, 3)).append(nn.PReLU())
+            before = everything(model, optimizer)
+            parameters, rows = list(model.added.parameters()), str(optimizer.summary())
+            faults.append(kind("of the user's"))
+            with pytest.raises(kind, match="of the user's"):
+                optimizer.add_param_group({"params": parameters, "lr": 0.1})
+            faults.clear()
+            assert_same(everything(model, optimizer), before)
+            assert str(optimizer.summary()) == rows
+            model.added = nn.Sequential()
+        train(model, optimizer, 2)
+        optimizers.append(optimizer)
+    assert_same(everything(models[0], optimizers[0]), everything(models[1], optimizers[1]))
+
+
+@pytest.mark.promise("parameters unfrozen after construction")
+def test_layers_are_not_updated_where_the_fallback_fails() -> None:
+    model, faults = net(), []
+    model[2].requires_grad_(False)
+
+    def make(groups: Any) -> torch.optim.Optimizer:
+        if faults:
+            raise TypeError("of the user's")
+        return torch.optim.Adam(groups, lr=0.01)
+
+    optimizer = KFAC(model, fallback=make, fisher="empirical")
+    train(model, optimizer, 2)
+    before, rows = everything(model, optimizer), str(optimizer.summary())
+    model[0].requires_grad_(False)
+    faults.append(True)
+    with pytest.raises(TypeError, match="of the user's"):
+        optimizer.update_layers()
+    model[0].requires_grad_(True)
+    assert_same(everything(model, optimizer), before)
+    assert str(optimizer.summary()) == rows
+    train(model, optimizer, 2)

@@ -477,7 +477,15 @@ class Curvature:
         Args:
             saved: What :meth:`state_dict` returned.
             strict: Whether it must have the layers of this one, no more and no fewer.
+
+        Raises:
+            RuntimeError: If a part of the model was moved or converted, and layers whose factors
+                are in one stack are no longer alike.
         """
+        # What is loaded takes the dtype and the device that the model has now.
+        for bucket in self._all_buckets:
+            for name in bucket.names:
+                self._follow(bucket, name)
         checkpoint.check_setting(saved, "inverse", self.inverse.name)
         counts = dict.fromkeys(self.counters, NON_NEGATIVE_INTEGER)
         checkpoint.check_entries(saved["counters"], "counters in kfac", counts)

@@ -650,6 +650,8 @@ class KFAC(torch.optim.Optimizer):
         Raises:
             ValueError: If the state does not fit this optimizer or is damaged; the message names
                 the layer, parameter or entry, and nothing has changed.
+            RuntimeError: If a part of the model was moved or converted, and :meth:`update_layers`
+                was not called since.
         """
         saved = self._parts.checked(state_dict, strict=strict)
         self._parts.load(saved, self)

@@ -610,6 +610,8 @@ class Preconditioner:
         Raises:
             ValueError: If the state does not fit this model or these settings, or is damaged; the
                 message says what and where, and nothing has changed.
+            RuntimeError: If a part of the model was moved or converted, and :meth:`update_layers`
+                was not called since.
         """
         self.load_checked(self.checked_state(state_dict, strict=strict))
 

@@ -748,6 +748,37 @@ def cast(value: Any, old: torch.dtype, new: torch.dtype) -> Any:
 
 
 @pytest.mark.promise("another dtype")
+@pytest.mark.parametrize("steps", [0, 2])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_state_loads_in_the_dtype_of_a_model_that_was_converted(name: str, steps: int) -> None:
+    first = Run(SETTINGS[name], model=net().double())
+    first.train(0, 3)
+    saved = copy.deepcopy(first.optimizer.state_dict())
+    second = Run(SETTINGS[name])
+    second.train(0, steps)
+    second.model.double().load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(saved)
+    assert_same(second.optimizer.state_dict(), saved)
+    for run in (first, second):
+        run.train(3, 5)
+    assert_same(parameters(first.model), parameters(second.model))
+
+
+@pytest.mark.promise("another dtype")
+def test_a_state_loads_only_where_layers_of_one_shape_are_alike() -> None:
+    run = Run({}, model=nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 2)))
+    run.train(0, 2)
+    saved = copy.deepcopy(run.optimizer.state_dict())
+    run.model[1].double()
+    with pytest.raises(RuntimeError, match=r"are no longer alike. Call update_layers\(\)"):
+        run.optimizer.load_state_dict(saved)
+    assert_same(run.optimizer.state_dict(), saved)
+    run.optimizer.update_layers()
+    run.optimizer.load_state_dict(saved)
+    assert [run.optimizer.factor(name)[0].dtype for name in "01"] == [torch.float32, torch.float64]
+
+
+@pytest.mark.promise("another dtype")
 def test_a_state_that_overflows_in_a_narrower_dtype_is_an_error() -> None:
     first, second = Run({}, model=net().double()), Run({})
     first.train(0, 2)

@@ -66,6 +66,11 @@ class CallReader:
         """Whether it was told where in the model's output the loss's input is."""
         return self._outputs is not None
 
+    @property
+    def masks(self) -> bool:
+        """Whether it was told where the mask of a call is."""
+        return self._position_mask is not None
+
     def read(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ForwardRecord:
         """What the arguments of a call say, before it is made."""
         batch_size = next((t.size(0) for t in tensors_in((args, kwargs)) if t.dim() > 0), None)

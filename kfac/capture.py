@@ -174,6 +174,7 @@ class Capture:
         self._counts = "none"
         self.missing = ""
         self.statistics.discard()
+        self.statistics.mask_fits = None
         self._check.give_up()
         if current_pass() is None:
             self._give_up_calls()

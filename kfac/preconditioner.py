@@ -411,8 +411,7 @@ class Preconditioner:
 
     def _fold_statistics(self, accept: Tensor, gradient_scale: Tensor | float) -> None:
         self.capture.statistics.flush()
-        mask_fits, self.capture.statistics.mask_fits = self.capture.statistics.mask_fits, None
-        if mask_fits is False:
+        if self._mask_misfits():
             raise argument_error(
                 self._finding["owner"], "position_mask", "[N, T] like the input of a layer",
                 "a mask that no layer's input has the shape of",
@@ -425,6 +424,15 @@ class Preconditioner:
             self._dropped = self._dropped.to(dropped.device) + dropped
         else:
             self._explain_missing_statistics()
+
+    def _mask_misfits(self) -> bool:
+        """Whether a mask fits no layer; the same in all processes, so that none waits."""
+        misfits = self.capture.statistics.mask_fits is False
+        if self.ranks.size == 1 or not self._watching["reader"].masks:
+            return misfits
+        count = torch.tensor([misfits], dtype=torch.int64, device=self.params[0].device)
+        self.ranks.sum_([count])
+        return int(count) > 0
 
     def _g_scale(self, gradient_scale: Tensor | float) -> Tensor:
         """What turns the pending sum of G into that of the mean loss."""

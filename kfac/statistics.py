@@ -104,7 +104,7 @@ class Statistics:
     Attributes:
         expanded: Layers that are under ``"reduce"`` and whose examples were not known.
         mask_fits: Whether the masks since the last step had the positions of any layer; None
-            without a mask.
+            without a mask, and where no layer that is trained has positions.
 
     Source:
         Eschenhagen et al. 2023, sections 3.1 and 3.2.
@@ -135,7 +135,7 @@ class Statistics:
             examples = self._examples(layer, record, x, gradient)
             mask = _mask_of(layer, record, x) if count_input else None
             if count_input and record is not None and record.mask is not None:
-                self.mask_fits = bool(self.mask_fits) or mask is not None
+                self._note_fit(layer, x, mask)
             share = 1.0 if examples is None else self._share(examples)
             if examples is not None and share < 1:
                 size = layer.leading_size(gradient)
@@ -154,6 +154,13 @@ class Statistics:
             if self.bases is not None:
                 known = None if examples is None else record
                 self._keep_call(Call(layer, x, gradient), known, self.bases)
+
+    def _note_fit(self, layer: Layer, x: Tensor, mask: Tensor | None) -> None:
+        """Note whether a layer needs a mask, and found it to be of its positions."""
+        if mask is not None:
+            self.mask_fits = True
+        elif self.mask_fits is None and _has_positions(layer, x):
+            self.mask_fits = False
 
     def _take_input(self, layer: Layer, mask: Tensor | None, x: Tensor) -> None:
         if mask is None:
@@ -304,6 +311,11 @@ class Statistics:
 def _of_all(moment: Tensor, share: float) -> Tensor:
     """What a sum over a share of the examples tells of the sum over all."""
     return moment if share == 1 else moment / share
+
+
+def _has_positions(layer: Layer, x: Tensor) -> bool:
+    """Whether a layer's input has more than one axis beside that of its features."""
+    return max(len(layer.leading_shape(x)), x.dim() - 1) > 1
 
 
 def _mask_of(layer: Layer, record: ForwardRecord | None, x: Tensor) -> Tensor | None:

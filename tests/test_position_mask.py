@@ -128,6 +128,56 @@ def test_a_sequence_of_padding_only_is_no_division_by_zero() -> None:
         assert all(p.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+def test_a_mask_of_a_batch_that_was_given_up_is_forgotten() -> None:
+    tokens, mask, target = batch()
+    models = [Encoder(), Encoder()]
+    for model, given_up in zip(models, (False, True), strict=True):
+        criterion, masks = nn.CrossEntropyLoss(), [mask[:, 1:], None]
+        optimizer = KFAC(
+            model, criterion=criterion, position_mask=lambda *_, m=masks: m[0], **SETTINGS
+        )
+        if given_up:
+            criterion(model(tokens, mask), target).backward()
+            optimizer.zero_grad()
+        masks.pop(0)
+        criterion(model(tokens, mask), target).backward()
+        optimizer.step()
+    same(models[1], models[0])
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.parametrize("sharing", ["expand", "reduce"])
+def test_a_head_on_pooled_features_needs_no_mask(sharing: str) -> None:
+    models = [Encoder(), Encoder()]
+    tokens, mask, target = batch()
+    for model, given in zip(models, (None, "mask"), strict=True):
+        model.requires_grad_(False)
+        model.head.requires_grad_(True)
+        criterion = nn.CrossEntropyLoss()
+        optimizer = KFAC(
+            model, criterion=criterion, position_mask=given, weight_sharing=sharing, **SETTINGS
+        )
+        for _ in range(2):
+            optimizer.zero_grad()
+            criterion(model(tokens, mask), target).backward()
+            optimizer.step()
+    same(models[1], models[0])
+
+
+@pytest.mark.promise("shapes, masks and outputs of a batch")
+@pytest.mark.parametrize(
+    "layer", [nn.Conv1d(5, 2, 1), nn.Linear(3, 2), nn.LayerNorm(3), nn.LayerNorm((5, 3))], ids=str
+)
+def test_a_layer_with_positions_needs_a_mask_of_them(layer: nn.Module) -> None:
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(2))
+    model(torch.randn(4, 5, 3))
+    optimizer = KFAC(model, fisher="empirical", position_mask=lambda x: torch.ones(4, 7))
+    model(torch.randn(4, 5, 3)).square().mean().backward()
+    with pytest.raises(ValueError, match=r"position_mask=.*like the input of a layer"):
+        optimizer.step()
+
+
 def test_an_unknown_argument_is_refused() -> None:
     with pytest.raises(ValueError, match=r"position_mask=.*'tokens', 'mask'.*'attention_mask'"):
         KFAC(Encoder(), position_mask="attention_mask")

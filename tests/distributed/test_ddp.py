@@ -109,6 +109,32 @@ def train(
     return optimizer
 
 
+def masked(rank: int) -> tuple[str, bool, int]:
+    """What a step says if the mask of one process is wrong, whether it changed nothing, and how
+    many steps there are after a batch whose masks are right."""
+    tokens, target = (part.chunk(RANKS)[rank] for part in batch(0, True))
+    model = DistributedDataParallel(net("tokens"))
+    widths = [5 - rank, 5]
+    optimizer = KFAC(
+        model,
+        criterion=nn.CrossEntropyLoss(),
+        position_mask=lambda tokens: torch.ones(len(tokens), widths[0]),
+    )
+    before = [p.clone() for p in model.parameters()]
+    error = ""
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.CrossEntropyLoss()(model(tokens), target).backward()
+        try:
+            optimizer.step()
+        except ValueError as refusal:
+            error = str(refusal)
+            factors = optimizer.diagnostics()["factor_updates"]
+            is_same = factors == 0 and all(map(torch.equal, model.parameters(), before))
+            widths.pop(0)
+    return error, is_same, optimizer.diagnostics()["steps"]
+
+
 def process(rank: int, port: int, folder: Path) -> None:
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
@@ -123,6 +149,7 @@ def process(rank: int, port: int, folder: Path) -> None:
         model = net()
         train(model, {"mc": {"fisher": "mc"}, **CASES}[name], rank, RANKS, wrapped_afterwards=True)
         found[f"{name}, wrapped afterwards"] = model.state_dict()
+    found["masks"] = masked(rank)
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
@@ -164,6 +191,16 @@ def test_the_model_may_be_wrapped_afterwards(name: str, results: list[dict[str, 
     before, _ = results[0][name]
     for after in (result[f"{name}, wrapped afterwards"] for result in results):
         torch.testing.assert_close(after, before, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.promise("`DistributedDataParallel`")
+def test_a_mask_that_is_wrong_in_one_process_is_refused_in_all(
+    results: list[dict[str, Any]],
+) -> None:
+    for error, is_same, steps in (result["masks"] for result in results):
+        assert "KFAC(position_mask=...) must be [N, T] like the input of a layer" in error
+        assert is_same
+        assert steps == 1
 
 
 def test_names_are_those_of_the_plain_model(results: list[dict[str, Any]]) -> None:

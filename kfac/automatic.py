@@ -1,6 +1,7 @@
 """Steps whose size and momentum minimise a quadratic model, with damping that adapts itself."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -156,6 +157,7 @@ class AutomaticStep:
         self.rejected = 0
         self.figures = dict.fromkeys(("lr", "momentum", "reduction_ratio"), float("nan"))
         self.is_evaluating = False
+        self._has_warned = False
         self._losses: tuple[float, float] | None = None  # lowest and highest of late
 
     def take(
@@ -200,19 +202,20 @@ class AutomaticStep:
         with torch.autocast(engine.params[0].device.type, enabled=False):
             evaluated = Evaluated(closure, self._mean(loss), start, is_watched)
             if not self._is_sound(evaluated.loss) and self._retreat(groups, state, evaluated):
-                evaluated = evaluated._replace(loss=math.nan)
+                evaluated = evaluated._replace(is_stale=True)
             self._move(groups, state, evaluated)
         return loss
 
     def _is_sound(self, loss: float) -> bool:
         """Whether loss and gradients are finite, and the loss is not far above the last ones.
 
-        Far means above the highest of them by twice their range.
+        Far means above the highest of them by twice their range. Where λ is given, any finite loss
+        will do: after a step that is taken back, the same one would follow.
         """
         gradients = [p.grad for p in self._engine.params if p.grad is not None]
         if not (math.isfinite(loss) and all_finite(gradients)):
             return False
-        if self._losses is None:
+        if self._losses is None or self._settings.levenberg_marquardt is None:
             return True
         lowest, highest = self._losses
         return loss <= highest + 2 * (highest - lowest)
@@ -229,12 +232,13 @@ class AutomaticStep:
         finite = all_finite([*objective.gradients.values(), torch.tensor(evaluated.loss)])
         saved = [p.detach().clone() for p in objective.parameters] if evaluated.is_watched else []
         own, is_done = self.preconditioner_damping, False
+        usable = finite & (not evaluated.is_stale)
         try:
-            engine.update_factors(finite, 1.0)
-            is_done = not finite or self._step(groups, state, objective, evaluated, plan.refresh)
+            engine.update_factors(usable, 1.0)
+            is_done = not usable or self._step(groups, state, objective, evaluated, plan.refresh)
             self.rejected += not is_done
         finally:
-            if not finite:
+            if not usable:
                 evaluated.start.restore_buffers()
             if evaluated.is_watched and not is_done:
                 evaluated.start.restore()
@@ -311,8 +315,21 @@ class AutomaticStep:
             for parameter in moved:
                 del state[parameter]["last_step"]
             self._raise_damping()
+            self._warn_of_repetition()
             self.rejected += 1
         return is_why
+
+    def _warn_of_repetition(self) -> None:
+        """Where λ is given, nothing keeps the next step from going wrong as the last one did."""
+        if self._settings.levenberg_marquardt is None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                "The last step led to a loss or a gradient that is not finite and was taken back, "
+                "but without damping=LevenbergMarquardt() nothing makes the next step shorter, and "
+                "it may go wrong in the same way. Lower lr where it is a number, raise damping, or "
+                "use LevenbergMarquardt().",
+                stacklevel=2,
+            )
 
     def _raise_damping(self) -> None:
         """Raise λ after a step that went wrong."""
@@ -548,9 +565,19 @@ def _with_recent(known: tuple[float, float], loss: float) -> tuple[float, float]
 
 
 class Evaluated(NamedTuple):
-    """A closure, the loss that it has returned, and what it started from."""
+    """A closure, the loss that it has returned, and what it started from.
+
+    Attributes:
+        closure: The closure.
+        loss: What it has returned, as a number.
+        start: What it started from.
+        is_watched: Whether λ is adapted, or looked for, in this step.
+        is_stale: Whether the last step has been taken back since, so that loss and gradients are
+            those of where the parameters no longer are.
+    """
 
     closure: Callable[[], Any]
     loss: float
     start: Start
     is_watched: bool
+    is_stale: bool = False

@@ -468,6 +468,7 @@ def check_retreat(harm: str = "loss not finite") -> None:
         close(one, other)
     found = optimizer.diagnostics()
     assert found["rejected_steps"] == 1
+    assert found["nonfinite_batches"] == (harm != "loss far above all others")
     assert found["damping"] > damping
     assert all("last_step" not in optimizer.state[p] for p in problem.model.parameters())
     optimizer.step(closure)
@@ -479,6 +480,52 @@ def check_retreat(harm: str = "loss not finite") -> None:
 )
 def test_a_step_is_taken_back_if_the_next_batch_shows_that_it_went_wrong(harm: str) -> None:
     check_retreat(harm)
+
+
+@pytest.mark.parametrize("settings", [{"lr": 0.1}, {"momentum": 0.9}, {}], ids=str)
+def test_with_a_given_damping_no_step_is_taken_back_because_the_loss_has_risen(
+    settings: dict[str, Any],
+) -> None:
+    """The same step would follow, and be taken back again, for ever."""
+    problem = Problem()
+    optimizer = problem.optimizer(**{"kl_clip": None} | settings)
+    batch = problem.batches[0]
+    for step in range(4):
+        before, scale = values(problem.model), 1e3 if step == 2 else 1.0
+        calls = []
+
+        def closure(scale: float = scale, calls: list[None] = calls) -> Tensor:
+            calls.append(None)
+            loss = problem.closure(optimizer, batch)()
+            return loss * (scale if len(calls) == 1 else 1.0)
+
+        optimizer.step(closure)
+        assert len(calls) == 1
+        assert not torch.equal(values(problem.model)[0], before[0])
+    assert optimizer.diagnostics()["rejected_steps"] == 0
+    assert optimizer.diagnostics()["nonfinite_batches"] == 0
+
+
+def test_with_a_given_damping_steps_to_where_nothing_is_finite_give_one_warning() -> None:
+    problem = Problem()
+    optimizer = problem.optimizer(lr=0.1, kl_clip=None)
+    start = values(problem.model)[0]
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.criterion(problem.model(problem.batches[0][0]), problem.batches[0][1])
+        is_there = (problem.model[0].weight - start).abs().max() > 1e-12
+        loss = loss * torch.where(is_there, math.inf, 1.0)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    with pytest.warns(UserWarning, match="Lower lr .*raise damping.*LevenbergMarquardt"):
+        optimizer.step(closure)
+    optimizer.step(closure)
+    optimizer.step(closure)  # is taken back without a further warning, which would be an error
+    assert optimizer.diagnostics()["rejected_steps"] == 2
+    assert optimizer.diagnostics()["nonfinite_batches"] == 2
 
 
 @pytest.mark.parametrize("step", [0, 1, 4], ids=["trial", "search", "ratio"])

@@ -24,7 +24,15 @@ from kfac.calls import CallReader
 from kfac.compilation import EagerForward, compiled_parts
 from kfac.fisher import CrossEntropy, FisherType, Likelihood
 from kfac.gradient_check import GradientCheck
-from kfac.graph import Fate, current_pass, fate_of_gradient, mark, mark_of, marks_behind
+from kfac.graph import (
+    Fate,
+    current_pass,
+    fate_of_gradient,
+    mark,
+    mark_of,
+    marks_behind,
+    reaches_every_leaf,
+)
 from kfac.hooks import ModuleHook, OutputTap, argument, on_backward
 from kfac.layers import Layer
 from kfac.linear_calls import Target
@@ -313,10 +321,10 @@ class Capture:
         """Whether the backward pass that is under way is the user's and trains the model."""
         if Capture._running:
             return False
-        if any(record.is_recomputed for record in records):
-            # Torch refuses every other pass through reentrant checkpointing.
-            return self._trains({"accumulated"}, records)
         fates = _fates(layer for layer in self._layers if layer.is_trained)
+        if fates == {"none"} and any(record.is_recomputed for record in records):
+            # Of weights that are used only in regions the engine does not know before it is there.
+            fates = {"accumulated"} if reaches_every_leaf() else fates
         return not fates or self._trains(fates, records)
 
     def _enter(self, record: ForwardRecord) -> None:
@@ -510,6 +518,8 @@ class Capture:
         foreign = Capture._running is not None and Capture._running is not self
         if foreign or not self.active:
             return last
+        if recomputed and record is not None and self.recorder is not None:
+            self._refuse_to_repeat([record])
         if self._pass is None:
             if self.needs_pass:
                 self._refuse_reentrant(targets[0].layer, recomputed)

@@ -25,6 +25,20 @@ def fate_of_gradient(parameter: nn.Parameter) -> Fate:
         return "returned"  # torch does not tell this of what it returns
 
 
+def reaches_every_leaf() -> bool:
+    """Whether the backward pass that is under way was started by ``loss.backward()``.
+
+    Ask in a hook. Only such a pass may enter regions under reentrant checkpointing: torch refuses
+    ``torch.autograd.grad`` and ``backward(inputs=...)`` there.
+    """
+    if not torch.autograd._is_checkpoint_valid():  # type: ignore[no-untyped-call]
+        return False
+    # Where the pass ends at the hook's tensor, which it returns, the answer above is not of it.
+    node = torch._C._current_autograd_node()
+    following = [] if node is None else [n for n, _ in node.next_functions if n is not None]
+    return not following or any(map(torch._C._will_engine_execute_node, following))
+
+
 def current_pass() -> int | None:
     """Identifies the backward pass that is under way, the innermost one; None outside of any."""
     number = torch._C._current_graph_task_id()
@@ -85,7 +99,7 @@ def mark_functions(
     *,
     border: str,
     besides: tuple[type[Function], ...],
-) -> bool:
+) -> set[str]:
     """Attach a value to every ``torch.autograd.Function`` that tensors were computed by.
 
     Args:
@@ -96,13 +110,13 @@ def mark_functions(
         besides: Functions that are left out.
 
     Returns:
-        Whether there are any others.
+        The names of all others.
     """
-    found = False
+    found: set[str] = set()
     for node in _nodes_behind(tensors, border):
         function = getattr(node, "_forward_cls", None)
         if function is not None and not issubclass(function, besides):
-            found = True
+            found.add(function.__name__)
             _metadata(node).setdefault(key, value)
     return found
 

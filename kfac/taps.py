@@ -20,6 +20,9 @@ from kfac.uses import Uses
 # layer's input, the gradient of its output, what this returned at the last visit.
 Visit = Callable[[Sequence[Target], ForwardRecord | None, bool, Tensor, Tensor, object], object]
 
+# The name of torch's function for it, and of the variants of other libraries.
+_CHECKPOINT = "CheckpointFunction"
+
 
 class Taps:
     """Puts a tap on the output of every layer, while statistics are due.
@@ -40,7 +43,10 @@ class Taps:
         # Of the call whose region is, or was last, run again by reentrant checkpointing.
         self._recomputed: ForwardRecord | None = None
         # Output of the last call of a layer without gradients, within the call under way.
-        self._hidden: weakref.ref[Tensor] | None = None
+        self._last_hidden: weakref.ref[Tensor] | None = None
+        # Blocks whose layers it has called without gradients, and with them.
+        self._hidden: set[str] = set()
+        self._shown: set[str] = set()
         self._visit = weakref.WeakMethod(visit)
         self._key = key
         self._mark = f"{key} tapped"
@@ -108,7 +114,7 @@ class Taps:
     def begin_call(self, record: ForwardRecord) -> None:
         """The model is called, with gradients enabled."""
         self._record, self._in_call, self._recomputed = record, True, None
-        self._hidden = None
+        self._last_hidden, self._hidden, self._shown = None, set(), set()
 
     def give_up(self, *_: Any) -> None:
         """No call is under way; the last one may have been interrupted, with no hook called."""
@@ -122,10 +128,14 @@ class Taps:
             outputs: What of its outputs requires a gradient.
         """
         self._in_call = False
-        if self._record is not None and self._hidden is not None:
+        if self._record is not None and self._hidden:
             # Reentrant checkpointing is such a function: it calls the layers again.
-            self._record.is_recomputed = mark_functions(
+            functions = mark_functions(
                 outputs, self._region, self._record, border=self._key, besides=(Tap, OutputTap)
+            )
+            is_checkpointed = _CHECKPOINT in functions
+            self._record.is_recomputed = is_checkpointed or (
+                bool(functions) and not self._hidden <= self._shown
             )
 
     def unseen_weights(self, outputs: Sequence[Tensor]) -> list[nn.Parameter]:
@@ -153,7 +163,7 @@ class Taps:
         """A layer's module was called: put a tap on its output if its statistics are due."""
         if not self._is_own_weight(layer):
             return None
-        self._note_hidden([layer], output)
+        self._note_call([layer], output)
         if not self._is_due(layer, output):
             return None
         if self._uses is not None:
@@ -169,7 +179,7 @@ class Taps:
 
     def _tap_linear(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:
         """``F.linear`` was called with a layer's weight: likewise."""
-        self._note_hidden([target.layer for target in targets], output)
+        self._note_call([target.layer for target in targets], output)
         due = [target for target in targets if self._is_due(target.layer, output)]
         if not due:
             return output
@@ -186,17 +196,22 @@ class Taps:
             self._record.has_other_weights |= not is_own
         return is_own
 
-    def _note_hidden(self, layers: Iterable[Layer], output: Tensor) -> None:
-        """Layers were called without gradients: perhaps reentrant checkpointing, to call again."""
+    def _note_call(self, layers: Iterable[Layer], output: Tensor) -> None:
+        """Layers were called: without gradients, perhaps by checkpointing that calls them again."""
         trained = [layer.primary.name for layer in layers if layer.is_trained]
-        if not trained or torch.is_grad_enabled():
+        if torch.is_grad_enabled():
+            if self._in_call:
+                self._shown.update(trained)
+            return
+        if not trained:
             return
         if not self._in_call:
             self._record_of_call()  # a region inside of another one, which is told here
             return
-        if self._hidden is not None and self._hidden() is output:
+        if self._last_hidden is not None and self._last_hidden() is output:
             return  # the call inside of the module was seen
-        self._hidden = weakref.ref(output)
+        self._last_hidden = weakref.ref(output)
+        self._hidden.update(trained)
         if self._record is not None:
             self._record.uses.update(trained)
 
@@ -210,6 +225,8 @@ class Taps:
             return self._record
         # A region inside of another one has no mark: the outer one has just been met.
         self._recomputed = mark_of_running_node(self._region) or self._recomputed
+        if self._recomputed is not None:
+            self._recomputed.is_recomputed = True
         return self._recomputed or self._record
 
     def _tap(self, targets: Sequence[Target], x: Tensor, output: Tensor) -> Tensor:

@@ -218,6 +218,72 @@ def test_reentrant_checkpointing_is_refused_by_a_fisher_pass(fisher: str, region
     assert optimizer.diagnostics()["steps"] == optimizer.diagnostics()["factor_updates"] == 0
 
 
+class Fused(torch.autograd.Function):
+    """An identity, as a stand-in for any function that is not torch's own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class Conditioned(nn.Module):
+    """A layer that is called without gradients, too; nothing is run again in a backward pass."""
+
+    def __init__(self, kind: str, is_fused: bool = True) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.is_fused = kind, is_fused
+        self.head, self.target = nn.Linear(4, 3).double(), nn.Linear(4, 3).double()
+        if kind == "on itself":
+            del self.target
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            hidden = (self.head if self.kind == "on itself" else self.target)(x)
+        output = self.head(x + hidden.mean(-1, keepdim=True)).mean(1)
+        return Fused.apply(output) if self.is_fused else output
+
+
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.promise("derivatives by an input (`autograd.grad(loss, x)`: attacks, saliency)")
+@pytest.mark.parametrize("kind", ["on itself", "on a layer that has no other use"])
+@pytest.mark.parametrize("settings", ONE_EACH)
+def test_layers_called_without_gradients_are_not_taken_for_checkpointing(
+    settings: dict[str, Any], kind: str
+) -> None:
+    terms = []
+    for is_attacked in (False, True):
+        model = Conditioned(kind)
+        optimizer, criterion = make(model, settings)
+        x, y = sequences(6)
+        if is_attacked:
+            torch.autograd.grad(criterion(model(x), y), x)
+            output = model(x)
+            torch.autograd.grad(criterion(output, y), output)
+        assert float(optimizer._engine.capture.terms) == 0
+        criterion(model(x), y).backward()
+        terms.append(float(optimizer._engine.capture.terms))
+    assert terms == [6, 6]
+
+
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.parametrize("settings", [FISHERS["empirical"], FISHERS["empirical with a criterion"]])
+def test_a_derivative_by_the_output_of_a_checkpointed_model_counts_no_terms(
+    settings: dict[str, Any],
+) -> None:
+    optimizer, criterion = make(model := Recomputed("all", "reentrant"), settings)
+    x, y = sequences(6)
+    output = model(x)
+    torch.autograd.grad(criterion(output, y), output, retain_graph=True)
+    assert float(optimizer._engine.capture.terms) == 0
+    criterion(output, y).backward()
+    assert float(optimizer._engine.capture.terms) == 6
+
+
 def call_through_a_checkpoint(
     run: str, settings: dict[str, Any], loss: Callable[..., Tensor] | None = None
 ) -> list[Tensor | None]:
@@ -1121,6 +1187,43 @@ def test_reentrant_regions_are_refused_by_automatic_steps(fisher: str, regions: 
     with pytest.raises(RuntimeError, match=r"automatic step.*use_reentrant=False"):
         automatic_run(model, fisher)
     assert all(map(torch.equal, model.parameters(), before))
+
+
+class Hiding(torch.autograd.Function):
+    """Runs a layer without gradients, and again in the backward pass: a library's checkpoint."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.layer = layer
+        return layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            output = ctx.layer(x)
+        torch.autograd.backward(output, gradient)
+        return x.grad, None
+
+
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.parametrize("fisher", ["empirical", "forward-only"])
+def test_other_reentrant_regions_are_refused_by_automatic_steps(fisher: str) -> None:
+    """Those whose layers are called outside of the regions, too, when they are entered."""
+    model = Recomputed("a module inside and outside", "plain")
+    model.run = lambda _, x: Hiding.apply(x, model.inner)
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(RuntimeError, match=r"automatic step.*use_reentrant=False"):
+        automatic_run(model, fisher)
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.promise("`use_reentrant=True`")
+@pytest.mark.parametrize("fisher", ["empirical", "mc"])
+def test_layers_called_without_gradients_are_not_refused_by_automatic_steps(fisher: str) -> None:
+    expected = automatic_run(Conditioned("on itself", is_fused=False), fisher)
+    close(automatic_run(Conditioned("on itself"), fisher), expected)
 
 
 class Counting(nn.Module):

@@ -134,7 +134,7 @@ def with_usable_rates(accept: Tensor, groups: Sequence[Mapping[str, Any]]) -> Te
     Those on an accelerator are not read by :func:`check_in_use`, which would wait for it.
     """
     for group in groups:
-        if isinstance(group["lr"], Tensor) and group["lr"].device.type != "cpu":
+        if isinstance(group["lr"], Tensor):
             rate = group["lr"].to(accept.device).reshape(())
             accept = accept & rate.isfinite() & (rate > -_ROUNDING)
     return accept

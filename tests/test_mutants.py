@@ -168,9 +168,21 @@ def most_likely_labels(original: Replacement, self: Any, rows: Tensor, generator
     return p - torch.nn.functional.one_hot(p.argmax(1), p.shape[1])
 
 
-def step_again(self: KFAC, descend: Replacement, directions: dict, again: set, accept: Any) -> None:
-    descend(self, directions, accept)
-    descend(self, {p: d for p, d in directions.items() if p in again}, accept)
+def only(moves: list, kept: set) -> list:
+    """The part of an update that moves some of the parameters."""
+    found = []
+    for move in moves:
+        chosen = [i for i, p in enumerate(move.members) if p in kept]
+        buffers = move.momentum and [move.momentum[i] for i in chosen]
+        members, directions = ([a[i] for i in chosen] for a in (move.members, move.directions))
+        if members:
+            found.append(move._replace(members=members, directions=directions, momentum=buffers))
+    return found
+
+
+def step_again(self: KFAC, descend: Replacement, moves: list, again: set, accept: Any) -> None:
+    descend(self, moves, accept)
+    descend(self, only(moves, again), accept)
 
 
 def update_for_every_call(patch: pytest.MonkeyPatch) -> None:
@@ -181,26 +193,24 @@ def update_for_every_call(patch: pytest.MonkeyPatch) -> None:
         calls[layer.weight.parameter] += 1
         return original(taps, layer, *rest)
 
-    def descend(original: Replacement, self: KFAC, directions: dict, accept: Tensor) -> None:
+    def descend(original: Replacement, self: KFAC, moves: list, accept: Tensor) -> None:
         twice = {p for p, count in calls.items() if count > 1}
-        step_again(self, original, directions, twice, accept)
+        step_again(self, original, moves, twice, accept)
 
     replace(Taps, "_tap_call", tap)(patch)
     replace(KFAC, "_descend", descend)(patch)
 
 
-def update_for_every_module(
-    original: Replacement, self: KFAC, directions: dict, accept: Tensor
-) -> None:
+def update_for_every_module(original: Replacement, self: KFAC, moves: list, accept: Tensor) -> None:
     tied = {
         p for layer in self._engine.layers if layer.primary is not layer for p in layer.parameters
     }
-    step_again(self, original, directions, tied, accept)
+    step_again(self, original, moves, tied, accept)
 
 
-def only_known_layers(original: Replacement, self: KFAC, directions: dict, accept: Tensor) -> None:
+def only_known_layers(original: Replacement, self: KFAC, moves: list, accept: Tensor) -> None:
     known = {p for layer in self._engine.layers for p in layer.parameters}
-    original(self, {p: d for p, d in directions.items() if p in known}, accept)
+    original(self, only(moves, known), accept)
 
 
 def statistics_unchecked(patch: pytest.MonkeyPatch) -> None:

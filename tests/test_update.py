@@ -173,3 +173,12 @@ def test_a_step_beyond_the_range_of_its_dtype_is_seen(
     buffers = None if buffer is None else tensors(buffer)
     found = stays_finite(tensors(parameter), tensors(direction), buffers, **settings)
     assert found.item() is expected
+
+
+@pytest.mark.parametrize(("step", "stays"), [(1e-6, True), (3e4, True), (4e4, False)])
+def test_what_nesterov_adds_is_bounded_too(step: float, stays: bool) -> None:
+    parameter, direction = torch.ones(2).half(), torch.full((2,), step).half()
+    found = stays_finite(
+        [parameter], [direction], [torch.zeros(2).half()], lr=0.1, momentum=0.9, nesterov=True
+    )
+    assert bool(found) is stays

@@ -1265,12 +1265,16 @@ class Counting(nn.Module):
         elif self.change == "only a number":
             self.noted += 1
             shift = self.noted
+        elif self.change == "a new number":
+            self.made = getattr(self, "made", 0) + 1
+            shift = self.made
         return self.layer(x) + shift
 
 
 CHANGES_OF_BUFFERS = [
     "added to from the second call on", "replaced by another shape", "registered", "filled",
     "deleted", "registered, and noted in a number", "only a number",
+    "a new number",
 ]  # fmt: skip
 
 

@@ -901,3 +901,22 @@ def test_torch_checkpoints_without_the_curvature_are_refused() -> None:
     with pytest.raises(ValueError, match="must hold K-FAC state"):
         set_optimizer_state_dict(run.model, run.optimizer, found)
     assert_same(run.optimizer.state_dict(), before)
+
+
+@pytest.mark.promise("a state that does not fit")
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("kfac", "layers", "0", "weight"), torch.tensor(-1.0), "negative weight.*'0'"),
+        (("param_groups", 0, "nesterov"), True, "nesterov without momentum"),
+    ],
+)
+def test_values_that_no_run_can_have_are_an_error(path: Path_, value: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 2))
+    optimizer = KFAC(model, momentum=0.0)
+    model(torch.randn(4, 3)).sum().backward()
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(changed(before, path, value))
+    assert_same(optimizer.state_dict(), before)

@@ -57,6 +57,11 @@ class _Move(NamedTuple):
     momentum: list[Tensor] | None
     group: dict[str, Any]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the group says about a move, other than its sign."""
+        return {k: self.group[k] for k in ("lr", "momentum", "nesterov", "weight_decay")}
+
 
 class KFAC(torch.optim.Optimizer):
     """Kronecker-factored natural gradient as a drop-in optimizer.
@@ -500,31 +505,20 @@ class KFAC(torch.optim.Optimizer):
         """Whether parameters and momentum will be finite after :meth:`_descend`."""
         device = self._engine.params[0].device
         answers = [
-            stays_finite(
-                members,
-                steps,
-                buffers,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                weight_decay=group["weight_decay"],
-            ).to(device)
-            for members, steps, buffers, group in moves
+            stays_finite(move.members, move.directions, move.momentum, **move.settings).to(device)
+            for move in moves
         ]
         return torch.stack(answers).all() if answers else torch.ones((), dtype=torch.bool)
 
     def _descend(self, moves: Iterable[_Move], accept: Tensor) -> None:
-        for members, steps, buffers, group in moves:
+        for move in moves:
             descend(
-                members,
-                steps,
-                buffers,
-                lr=group["lr"],
-                momentum=group["momentum"],
-                nesterov=group["nesterov"],
-                weight_decay=group["weight_decay"],
-                maximize=group["maximize"],
+                move.members,
+                move.directions,
+                move.momentum,
+                maximize=move.group["maximize"],
                 accept=accept,
+                **move.settings,
             )
 
     def _momentum_buffers(self, parameters: Iterable[nn.Parameter]) -> list[Tensor]:

@@ -32,7 +32,7 @@ class ForwardRecord:
         uses: How often each block's layers were called, those in checkpointed regions included.
         has_own_weights, has_other_weights: Whether layers were called with the weights that are
             trained, and with others in their place (``torch.func.functional_call``).
-        is_recomputed: Whether layers run, or run again, in the backward pass only.
+        is_recomputed: Whether layers run again in the backward pass, as in reentrant regions.
         is_differentiable: Whether a gradient of its weights has been computed with a graph.
         seen_in: The backward pass of the user that has visited it last.
         calls: Of each block whose example gradients are wanted, the calls of this backward pass.

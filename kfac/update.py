@@ -96,12 +96,19 @@ def stays_finite(
         direction, move = move, move + momentum * _bounds(buffers)
         if nesterov:
             move = torch.maximum(move, direction + momentum * move)
-    rate = torch.as_tensor(lr, dtype=p.dtype, device=p.device).reshape(())
+    rate = _rate(lr, p)
     moved = (1 - rate * weight_decay).abs() * p + rate * move
     limit = 0.9 * torch.finfo(parameters[0].dtype).max
     # What is not a number is not less. The rate itself is held in that dtype, too.
     stays = (moved < limit) | p.isinf()  # a mask of -inf, say, which stays what it is
     return ((move < limit) & stays).all() & (rate * max(1.0, weight_decay) < limit)
+
+
+def _rate(lr: float | Tensor, like: Tensor) -> Tensor:
+    """The learning rate as a scalar of this dtype and device; of a number, nothing is copied."""
+    if isinstance(lr, Tensor):
+        return lr.to(like).reshape(())
+    return like.new_full((), lr)
 
 
 def _bounds(tensors: Sequence[Tensor]) -> Tensor:
@@ -147,7 +154,7 @@ def descend(
     parameters, directions = list(parameters), list(directions)
     first = parameters[0]
     share = accept.to(first)
-    rate = torch.as_tensor(lr, dtype=first.dtype, device=first.device).reshape(())
+    rate = _rate(lr, first)
     rate = torch.where(share > 0, rate, torch.zeros_like(rate))  # zero times infinity is not zero
     if maximize:
         torch._foreach_neg_(directions)
